@@ -1,0 +1,58 @@
+# make install | demo | test | lint | lock
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV_VERSION := 0.13.8
+
+# The first of these that is Python 3.11 or 3.12; `make install PYTHON=/path/to/python` to choose another.
+SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,\
+	$(shell $(python) -c '$(SUPPORTED)' 2>/dev/null && echo $(python))))
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := install
+.DELETE_ON_ERROR:
+.PHONY: install demo test lint lock
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@"$(or $(PYTHON),false)" -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "steersweep needs Python 3.11 or 3.12$(if $(PYTHON),; $(PYTHON) is neither,)." \
+			"Name one: make install PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch comes first and by itself: the same pin is a CPU or a CUDA build, depending on the machine, so no hash
+# fits both. --no-deps: the lock is complete, and two of its packages declare more than they need (see
+# pyproject.toml). The stamp is written last: it says that every step worked.
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	$(BIN)/steersweep models add smollm2-135m
+	$(BIN)/steersweep models add all-minilm-l6-v2
+	@touch $@
+
+demo: install
+	$(BIN)/steersweep run search_spaces/tone_grid.py --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy jobs orchestrator search_spaces storage
+
+# Writes requirements.lock from the pins in pyproject.toml; [tool.uv] there says what is left out, and why.
+# Indirect packages stay as they are locked; `make lock UPGRADE=--upgrade` moves them to their newest.
+lock: | $(BIN)/python
+	$(PIP) install uv==$(UV_VERSION)
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group build \
+		--universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+		--no-emit-package torch --no-header --no-annotate --quiet $(UPGRADE) --output-file requirements.lock

@@ -1,0 +1,61 @@
+"""Read the rows of a JSONL or CSV file, with errors that name the line."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import SpecError
+from jobs.resolve import locate_data
+
+
+def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a dataset, each with at least `columns`.
+
+    Args:
+        name: One of the project's own datasets or a path to a `.jsonl` or `.csv` file.
+        columns: Names that every row must have.
+
+    Raises:
+        SpecError: If the file is missing, empty, of another kind, or a row lacks a column.
+    """
+    path = locate_data(name)
+    rows = []
+    for line, row in _parse(path):
+        missing = [column for column in columns if row.get(column) in (None, "")]
+        if missing:
+            raise SpecError(f"{path.name}, line {line}: no {missing}; each row needs {list(columns)}")
+        rows.append(dict(row))
+    if not rows:
+        raise SpecError(f"{path.name} holds no rows; it needs at least one row with {list(columns)}")
+    return rows
+
+
+def _parse(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _parse_jsonl(path)
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield reader.line_num, row
+        else:
+            raise SpecError(f"{path.name} is a {path.suffix or 'nameless'} file; datasets are .jsonl or .csv")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SpecError(f"{path.name} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from error
+
+
+def _parse_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    # not splitlines(): JSON text may hold U+2028 and other line ends as they are
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"{path.name}, line {line}: not JSON ({error.msg}); write one object a line") from error
+        if not isinstance(row, dict):
+            raise SpecError(f"{path.name}, line {line}: {text[:40]!r} is not an object; write one object a line")
+        yield line, row

@@ -1,0 +1,204 @@
+"""From the name of a job to its module, its parameters, its code version and its data.
+
+No torch: everything but a job's `run` imports without it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from jobs.errors import SpecError
+from jobs.spec import Job, ModelRef, Requirement, Spec, params_to_json
+
+_REQUIRED_NAMES = ("Params", "METRICS", "PACK_BY", "DATA", "LAYERS", "size", "requires", "canonical", "run")
+_ASSETS = Path(__file__).parent / "data" / "assets"
+_ASSET_SUFFIXES = ("", ".jsonl", ".csv", ".txt")
+
+
+@cache
+def load_job(name: str) -> Job:
+    """The job module called `name`, such as `jobs.steer`, checked against the contract.
+
+    Raises:
+        SpecError: If there is no such module or it lacks a name of the contract.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise SpecError(f"no job {name!r}; give the import path of a job module, such as 'jobs.steer'") from error
+    missing = [required for required in _REQUIRED_NAMES if not hasattr(module, required)]
+    if missing:
+        raise SpecError(f"{name} is not a job module: it lacks {missing}; see `Job` in jobs/spec.py")
+    return cast(Job, module)
+
+
+def make_params(job: str, values: Mapping[str, Any]) -> Any:
+    """An instance of the job's `Params`, every name and type checked.
+
+    Raises:
+        SpecError: If a parameter is unknown, missing, of another type, or refused by `Params` itself.
+    """
+    params_type = load_job(job).Params
+    hints = typing.get_type_hints(params_type)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise SpecError(f"{job} has no parameter {unknown}; it takes {sorted(hints)}{hint}")
+    required = {
+        field.name
+        for field in dataclasses.fields(params_type)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    absent = sorted(required - set(values))
+    if absent:
+        raise SpecError(f"{job} needs the parameters {absent}; add them to the space's fixed values or parameters")
+    converted = {name: _convert(job, name, value, hints[name]) for name, value in values.items()}
+    try:
+        return params_type(**converted)
+    except ValueError as error:
+        raise SpecError(f"{job}: {error}") from error
+
+
+def _convert(job: str, name: str, value: Any, hint: Any) -> Any:
+    if _matches(value, hint):
+        return tuple(value) if isinstance(value, list) else value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise SpecError(f"{job}: {name}={value!r} is a {type(value).__name__}; it takes {expected}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_matches(item, arguments[0]) for item in value)
+    if hint is float:
+        return isinstance(value, float)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def make_spec(requirement: Requirement, *, model: ModelRef, seed: int) -> Spec:
+    """The full spec of a job and its parameters.
+
+    The parameters are first brought into the job's canonical form, so that
+    configurations that mean the same work (a dose of 0 at any layer) share one spec.
+    """
+    job = load_job(requirement.job)
+    params = job.canonical(requirement.params)
+    return Spec(
+        job=requirement.job,
+        code=code_version(requirement.job),
+        params=params_to_json(params),
+        model=model,
+        data={name: data_hash(getattr(params, name)) for name in job.DATA},
+        seed=seed,
+    )
+
+
+def locate_data(name: str) -> Path:
+    """The file of a dataset: one of the project's own by name, or any path.
+
+    Raises:
+        SpecError: If neither exists.
+    """
+    for suffix in _ASSET_SUFFIXES:
+        if (path := _ASSETS / f"{name}{suffix}").is_file():
+            return path
+    if (path := Path(name).expanduser()).is_file():
+        return path.resolve()
+    own = sorted(path.stem for path in _ASSETS.glob("*") if path.suffix in (".jsonl", ".csv"))
+    raise SpecError(f"no dataset {name!r}: it is neither a file nor one of the project's own {own}")
+
+
+def data_hash(name: str) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over the dataset's bytes."""
+    return hashlib.sha256(locate_data(name).read_bytes()).hexdigest()[:16]
+
+
+@cache
+def code_version(job: str) -> str:
+    """Hash of the job's syntax tree and of every `jobs` module it reaches, and of torch and transformers.
+
+    Comments, docstrings and layout do not count, so that a better comment recomputes nothing.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_reachable(job).items()):
+        digest.update(name.encode())
+        digest.update(_normalised(path).encode())
+    for library in ("torch", "transformers"):
+        digest.update(f"{library}=={_installed_version(library)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _installed_version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _reachable(root: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    waiting = [root]
+    while waiting:
+        name = waiting.pop()
+        spec = importlib.util.find_spec(name)
+        if name in found or spec is None or spec.origin is None:
+            continue
+        found[name] = Path(spec.origin)
+        waiting += [module for module in _imports(found[name]) if module.split(".")[0] == "jobs"]
+    return found
+
+
+def _imports(path: Path) -> Sequence[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.append(node.module)
+            names += [f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)]
+    return names
+
+
+def _is_module(package: str, name: str) -> bool:
+    return package.split(".")[0] == "jobs" and importlib.util.find_spec(package) is not None and (
+        Path(__file__).parents[1].joinpath(*package.split("."), f"{name}.py").is_file()
+    )
+
+
+def _normalised(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = [statement for statement in node.body if not _is_docstring(statement)]
+    return ast.dump(tree)
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )

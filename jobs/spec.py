@@ -1,0 +1,210 @@
+"""What crosses process boundaries: specs, rows, outcomes, and the contract of a job module.
+
+No torch, no I/O: the driver, the spaces and the store all import this file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+SPLITS = ("extract", "select", "report")
+"""Prompts that directions come from, that configurations are chosen on, that winners are read on."""
+
+
+def canonical_json(value: Any) -> str:
+    """`value` as JSON with sorted keys and no spaces: equal values give equal text.
+
+    Raises:
+        ValueError: If the value holds NaN or an infinity, which JSON cannot carry.
+        TypeError: If it holds anything but None, bool, int, float, str, list, tuple and dict.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_hash(value: Any) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over `canonical_json(value)`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Which weights to load, and how.
+
+    Attributes:
+        id: Hugging Face id, a folder, or a name that `steersweep models add` knows.
+        revision: Commit or tag of the hub; None for a folder.
+        dtype: Name of the floating-point type of the weights: float32, float64, bfloat16, float16.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    id: str
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """An artifact that a job needs: the job that makes it and that job's parameters.
+
+    Attributes:
+        job: Import path of the job module, such as `jobs.extract`.
+        params: An instance of that module's `Params`.
+    """
+
+    job: str
+    params: Any
+
+    @property
+    def key(self) -> str:
+        """Name of the requirement inside one sweep: equal requirements have equal keys."""
+        return content_hash({"job": self.job, "params": params_to_json(self.params)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """All that decides a result. Equal specs run once.
+
+    Attributes:
+        job: Import path of the job module.
+        code: Version of the job's code and of the libraries under it (`jobs.resolve.code_version`).
+        params: The job's parameters as plain JSON.
+        model: The weights.
+        data: Dataset name -> hash of its content.
+        seed: Seed of the row.
+    """
+
+    job: str
+    code: str
+    params: Mapping[str, Any]
+    model: ModelRef
+    data: Mapping[str, str]
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Hash of every field: the name under which the result is stored."""
+        return content_hash(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON, as it stands in the ledger."""
+        return {
+            "job": self.job,
+            "code": self.code,
+            "params": dict(self.params),
+            "model": dataclasses.asdict(self.model),
+            "data": dict(self.data),
+            "seed": self.seed,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Spec":
+        """The inverse of `to_json`."""
+        return Spec(**{**value, "model": ModelRef(**value["model"])})
+
+
+class Row(NamedTuple):
+    """One configuration of a pack."""
+
+    params: Any
+    seed: int
+
+
+class Size(NamedTuple):
+    """What one row asks of a replica: for packing and for the plan."""
+
+    sequences: int
+    tokens: int
+
+
+class Status(StrEnum):
+    """How a row ended."""
+
+    COMPLETED = "completed"
+    INFEASIBLE = "infeasible"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a job hands back for one row.
+
+    Attributes:
+        status: Completed, infeasible (a constraint or a gate said no) or failed.
+        reason: Why the row is not completed; None where it is.
+        metrics: Split -> metric name -> value. NaN marks a metric that is not defined for this row.
+        tables: Table name -> rows as dictionaries; `items` and `completions` are the usual ones.
+        tensors: Name -> array, float32 or wider (bfloat16 is widened by the job).
+    """
+
+    status: Status = Status.COMPLETED
+    reason: str | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Context(Protocol):
+    """What the worker offers a running job."""
+
+    def artifact(self, requirement: Requirement) -> Mapping[str, np.ndarray]:
+        """Read-only arrays of a required artifact, by tensor name."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """True once the sweep wants the worker back; a job may then end early."""
+
+
+class Metric(NamedTuple):
+    """Unit and meaning of a metric; its direction belongs to the space's objectives."""
+
+    unit: str
+    meaning: str
+
+
+class Job(Protocol):
+    """The contract of a job module (checked by `jobs.resolve.load_job`).
+
+    Attributes:
+        Params: Frozen, keyword-only dataclass of everything that may be chosen.
+        METRICS: What the job measures.
+        PACK_BY: Parameters that the rows of one pack must share; None = never packed.
+        DATA: Parameters that name datasets.
+        LAYERS: Parameters that name layers.
+    """
+
+    Params: type
+    METRICS: Mapping[str, Metric]
+    PACK_BY: Sequence[str] | None
+    DATA: Sequence[str]
+    LAYERS: Sequence[str]
+
+    def size(self, params: Any) -> Size:
+        """Sequences and tokens that one row costs."""
+
+    def requires(self, params: Any) -> Sequence[Requirement]:
+        """Artifacts that must exist before `run`."""
+
+    def canonical(self, params: Any) -> Any:
+        """Parameters that mean the same work as `params`, equal for equal work."""
+
+    def run(self, replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
+        """Yield (row index, outcome) for every row, each as soon as it is finished."""
+
+
+def params_to_json(params: Any) -> dict[str, Any]:
+    """A job's Params as plain JSON values; tuples become lists. Raises as `canonical_json` does."""
+    plain: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(params)))
+    return plain
+
+
+def is_defined(value: float | None) -> bool:
+    """Whether a metric has a finite value."""
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,92 @@
+"""How a sweep is run: the fields that `run` and `--set` take."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jobs.errors import SpecError
+from jobs.spec import ModelRef
+from search_spaces.base import Sampler
+
+
+class RunConfig(BaseModel):
+    """How to run a sweep; unknown keys are refused.
+
+    Attributes:
+        model: Hugging Face id with an optional `@revision`, a folder, or a name for `models add`.
+        dtype: Floating-point type of the weights.
+        trust_remote_code: Whether the model's own Python code may run.
+        seed: Seed of the sampler and of every row.
+        sampler: Overrides the space's sampler.
+        trials: Overrides the space's number of trials.
+        workers: Replicas, each in a Ray actor of its own.
+        cpus_per_worker: CPU cores of a worker; also torch's threads.
+        gpus_per_worker: GPUs of a worker; 0 runs on the CPU.
+        token_budget: Most tokens of one forward pass.
+        max_pack: Most trials of one pack.
+        max_attempts: Tries at a pack whose worker dies.
+        worker_wait_seconds: How long to wait for the first worker before giving up.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    seed: int = Field(0, ge=0)
+    sampler: Sampler | None = None
+    trials: int | None = Field(None, ge=1)
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0, ge=0)
+    token_budget: int = Field(8192, ge=1)
+    max_pack: int = Field(16, ge=1)
+    max_attempts: int = Field(3, ge=1)
+    worker_wait_seconds: float = Field(300, gt=0)
+
+    @property
+    def model_ref(self) -> ModelRef:
+        """The model as jobs name it."""
+        name, _, revision = self.model.partition("@")
+        return ModelRef(
+            id=name, revision=revision or None, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+
+
+SPACE_PREFIX = "space."
+
+
+def make_config(**values: Any) -> RunConfig:
+    """A configuration from the command line's values.
+
+    Raises:
+        SpecError: If a key is unknown or a value does not fit; one line that names it.
+    """
+    try:
+        return RunConfig(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = sorted(RunConfig.model_fields)
+            raise SpecError(f"--set {name}: no such field; it takes {known} or {SPACE_PREFIX}NAME") from error
+        raise SpecError(f"{name}={first['input']!r}: {first['msg'].lower()}") from error
+
+
+def split_settings(settings: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """`key=value` texts as fields of the configuration and as the space's fixed values.
+
+    Raises:
+        SpecError: If a text has no `=`.
+    """
+    fields: dict[str, str] = {}
+    fixed: dict[str, str] = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise SpecError(f"--set {text!r}: write key=value, such as --set seed=1 or --set {SPACE_PREFIX}pairs=x.jsonl")
+        if key.startswith(SPACE_PREFIX):
+            fixed[key.removeprefix(SPACE_PREFIX)] = value
+        else:
+            fields[key] = value
+    return fields, fixed

@@ -1,0 +1,108 @@
+"""What the sweep asks of workers, whoever runs them. No Ray here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from storage.artifacts import Artifact
+from storage.store import Part
+
+
+class OrderRow(NamedTuple):
+    """One row of a pack as it travels: spec id, parameters as JSON, seed."""
+
+    spec: str
+    params: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A pack for a worker.
+
+    Attributes:
+        attempt: Id of the try.
+        job: Import path of the job.
+        rows: The configurations.
+        artifacts: Requirement key -> artifact that holds it.
+    """
+
+    attempt: str
+    job: str
+    rows: tuple[OrderRow, ...]
+    artifacts: dict[str, Artifact]
+
+
+class Finished(NamedTuple):
+    """That a row's outcome is out.
+
+    Attributes:
+        spec: Whose outcome it is.
+        state: State of the attempt: ok, failed, lost or oom.
+        reason: Why it is not ok.
+        at: When, in s since 1970.
+        metrics: The outcome's metrics on the split select.
+        artifact: Where the outcome's tensors are; None if it has none.
+    """
+
+    spec: str
+    state: str
+    reason: str | None
+    at: float
+    metrics: Mapping[str, float] | None = None
+    artifact: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker says while it runs an order.
+
+    Attributes:
+        part: Files written since the last report, not yet visible.
+        finished: The rows that they hold.
+        started: When the order was taken, in s since 1970.
+        host: The worker's machine.
+        error: The last report of an order that raised: one line and the traceback. The rows that had
+            no outcome yet are not in `finished`.
+        out_of_memory: Whether the error was that a single row does not fit.
+    """
+
+    part: Part
+    finished: tuple[Finished, ...]
+    started: float
+    host: str
+    error: str | None = None
+    out_of_memory: bool = False
+
+
+class Event(NamedTuple):
+    """Something that happened to a worker.
+
+    Attributes:
+        worker: Its name.
+        kind: `ready` (it can take an order), `report`, `done` (its order has ended), `lost` (it died).
+        report: Set for `report`.
+        reason: Set for `lost`.
+    """
+
+    worker: str
+    kind: str
+    report: Report | None = None
+    reason: str | None = None
+
+
+class Pool(Protocol):
+    """Workers, each with a warm replica."""
+
+    def start(self, worker: str, order: Order) -> None:
+        """Hand an order to an idle worker."""
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """What has happened since the last call; waits for something to happen, or the timeout.
+
+        Raises:
+            PoolError: If no worker can be had.
+        """
+
+    def close(self) -> None:
+        """Let all workers go."""

@@ -1,0 +1,98 @@
+"""What a running sweep shows: a live line on a terminal, a line now and then elsewhere."""
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_LINE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of a sweep at one moment.
+
+    Attributes:
+        total: Trials that the sweep will have had in the end.
+        running: Trials on a worker.
+        completed: Trials with a result.
+        infeasible: Trials that a constraint refused.
+        failed: Trials that failed.
+        best: The best first objective so far, in words.
+        workers_ready: Workers whose replica is loaded.
+    """
+
+    total: int
+    running: int = 0
+    completed: int = 0
+    infeasible: int = 0
+    failed: int = 0
+    best: str = ""
+    workers_ready: int = 0
+
+    @property
+    def done(self) -> int:
+        """Trials that have ended."""
+        return self.completed + self.infeasible + self.failed
+
+
+class Progress(Protocol):
+    """Anything that wants to hear of progress."""
+
+    def update(self, tally: Tally) -> None:
+        """The sweep stands like this now."""
+
+
+class ConsoleProgress:
+    """Progress on a console; the rate counts from the first trial that ended in this run."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._printed = 0.0
+        self._first: tuple[float, int] | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "ConsoleProgress":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, tally: Tally) -> None:
+        """Show the tally."""
+        now = time.monotonic()
+        text = describe(tally, self._rate(tally, now))
+        if self._live is not None:
+            self._live.update(Text(text), refresh=True)
+        elif now - self._printed >= _LINE_SECONDS or tally.done == tally.total:
+            self._printed = now
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _rate(self, tally: Tally, now: float) -> float | None:
+        if self._first is None:
+            self._first = (now, tally.done)
+        since, before = self._first
+        gained = tally.done - before
+        return gained / (now - since) if gained > 0 and now > since else None
+
+
+def describe(tally: Tally, rate: float | None) -> str:
+    """One line: done, running, failed, rate in trials a minute, time left, best so far."""
+    parts = [f"{tally.done}/{tally.total} done", f"{tally.running} running", f"{tally.failed} failed"]
+    if tally.infeasible:
+        parts.append(f"{tally.infeasible} infeasible")
+    if tally.workers_ready == 0:
+        parts.append("loading the model")
+    elif rate is not None:
+        left = (tally.total - tally.done) / rate
+        parts += [f"{60 * rate:.1f} trials/min", f"ETA {int(left // 60)}:{int(left % 60):02d}"]
+    if tally.best:
+        parts.append(f"best {tally.best}")
+    return " | ".join(parts)

@@ -1,0 +1,173 @@
+"""Workers as Ray actors, one replica each. The only importer of ray.
+
+Ray restarts and retries nothing: the driver owns both, so that no pack runs twice unseen.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+
+from jobs.errors import SteersweepError
+from jobs.spec import ModelRef
+from orchestrator.config import RunConfig
+from orchestrator.pool import Event, Order, Report
+from orchestrator.worker import Worker
+
+_CONNECT_SECONDS = 5.0
+_MAX_RESPAWNS = 20
+
+
+class WorkerActor:
+    """A `Worker` inside a Ray actor."""
+
+    def __init__(self, folder: str, model: ModelRef, *, cpus: int, gpu: bool, token_budget: int) -> None:
+        logging.basicConfig(level=logging.WARNING)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import torch
+
+        torch.set_num_threads(cpus)
+        self._worker = Worker(Path(folder), model, device="cuda" if gpu else "cpu", token_budget=token_budget)
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def ready(self) -> bool:
+        """True as soon as the replica is loaded."""
+        return True
+
+    def run(self, order: Order) -> Iterator[Report]:
+        """Reports of an order, each as soon as it is written."""
+        yield from self._worker.run(order)
+
+
+class RayPool:
+    """`orchestrator.pool.Pool` on a local Ray or on a running cluster.
+
+    Args:
+        folder: The sweep's folder, at the same path on every node.
+        config: Number and size of the workers, and the model.
+        address: Address of a running cluster; None starts a local one.
+
+    Raises:
+        SteersweepError: If the address does not answer.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, *, address: str | None = None) -> None:
+        self._folder = folder
+        self._config = config
+        _connect(address, config)
+        self._actors: dict[str, Any] = {}
+        self._waiting: dict[Any, str] = {}
+        self._respawns = 0
+        self._numbers = iter(range(1_000_000))
+        for _ in range(config.workers):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        config = self._config
+        actor_type = ray.remote(concurrency_groups={"control": 1})(WorkerActor).options(
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        name = f"worker-{next(self._numbers)}"
+        actor = actor_type.remote(
+            str(self._folder),
+            config.model_ref,
+            cpus=config.cpus_per_worker,
+            gpu=config.gpus_per_worker > 0,
+            token_budget=config.token_budget,
+        )
+        self._actors[name] = actor
+        self._waiting[actor.ready.remote()] = name
+
+    def start(self, worker: str, order: Order) -> None:
+        """Hand an order to an idle worker."""
+        stream = self._actors[worker].run.options(num_returns="streaming").remote(order)
+        self._waiting[stream] = worker
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        """What has happened since the last call. Dead workers are replaced.
+
+        Raises:
+            SteersweepError: If workers keep dying before they have loaded the model.
+        """
+        if not self._waiting:
+            return []
+        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_seconds)
+        return [self._event(waited, self._waiting.pop(waited)) for waited in ready]
+
+    def _event(self, waited: Any, worker: str) -> Event:
+        try:
+            if isinstance(waited, ray.ObjectRefGenerator):
+                return self._next_report(waited, worker)
+            ray.get(waited)
+            return Event(worker, "ready")
+        except ActorDiedError as error:
+            return self._lost(worker, error)
+        except (ActorUnavailableError, RayActorError) as error:
+            return self._lost(worker, error)
+        except RayTaskError as error:
+            if isinstance(error.cause, (SteersweepError, OSError)):
+                raise error.cause from error
+            return self._lost(worker, error)
+
+    def _next_report(self, stream: Any, worker: str) -> Event:
+        try:
+            report = ray.get(next(stream))
+        except StopIteration:
+            return Event(worker, "done")
+        self._waiting[stream] = worker
+        return Event(worker, "report", report)
+
+    def _lost(self, worker: str, error: Exception) -> Event:
+        ray.kill(self._actors.pop(worker))
+        self._respawns += 1
+        reason = str(error).strip()
+        if self._respawns > _MAX_RESPAWNS:
+            raise SteersweepError(f"{self._respawns} workers died; the last one said: {reason}")
+        self._spawn()
+        return Event(worker, "lost", reason=reason)
+
+    def close(self) -> None:
+        """Let the actors go; a local Ray is stopped."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        ray.shutdown()
+
+
+def _connect(address: str | None, config: RunConfig) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, config.workers * config.cpus_per_worker),
+            include_dashboard=False,
+            **common,
+        )
+        return
+    _check_answers(address)
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SteersweepError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+
+
+def _check_answers(address: str) -> None:
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        raise SteersweepError(
+            f"no Ray cluster answers at {address!r} ({error}); give host:port of a running head, such as "
+            "127.0.0.1:6379, or leave --address out to use this machine"
+        ) from error

@@ -1,0 +1,325 @@
+"""A sweep as one HTML page that works offline, and its figures as PNG files.
+
+Reads what is stored, at any state of the sweep; decides nothing.
+"""
+
+import base64
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from orchestrator import figures
+from orchestrator.figures import DARK, LIGHT, Figure, Measure, Panel, Theme
+from storage.durable import publish
+from storage.pareto import pareto, scored_trials
+from storage.query import Sweep, open_sweep
+
+SHOWN_OF_FRONT = 6
+UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
+"""Units of the parameters that mean the same in every job."""
+
+Record = dict[str, Any]
+Paint = Callable[[Theme], Figure]
+
+
+class Value(NamedTuple):
+    """A metric's value and the ends of its interval, each None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Image(NamedTuple):
+    """A figure in both colour schemes as data URIs, and what it says to those who cannot see it."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+class Comparison(NamedTuple):
+    """A trial's replies beside the unsteered ones.
+
+    Attributes:
+        trial: The trial with its metrics.
+        why: Why it is shown.
+        replies: Pairs of rows of the table `completions`: steered, and unsteered where there is one.
+    """
+
+    trial: Record
+    why: str
+    replies: list[tuple[Record, Record | None]]
+
+
+class Findings(NamedTuple):
+    """What the page is made from.
+
+    Attributes:
+        identity: What `sweep.json` says.
+        trials: Rows of the table `trials`, by number.
+        scored: Completed trials with their metrics, by number.
+        front: Those of the Pareto front, one for each result; `also` lists trials that share it.
+        measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
+        unsteered: Split -> metric -> value of the unsteered model.
+    """
+
+    identity: Mapping[str, Any]
+    trials: dict[int, Record]
+    scored: dict[int, Record]
+    front: list[Record]
+    measures: dict[str, Measure]
+    unsteered: dict[str, dict[str, float]]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report/index.html` and its PNG files into a sweep's folder, whatever state it is in.
+
+    Returns:
+        The page.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+        OSError: If the disk refuses.
+    """
+    sweep = open_sweep(folder)
+    found = _read(sweep)
+    target = folder / "report"
+    drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in _figures(found).items()}
+    template = _environment().get_template("report.html.j2")
+    page = template.render(
+        **found._asdict(),
+        states=Counter(row["state"] for row in found.trials.values()),
+        images=drawn,
+        axes=_axes(found),
+        comparisons=_comparisons(sweep, found),
+        items=sweep.rows("SELECT split, count(DISTINCT item) AS number FROM items GROUP BY split"),
+        attempts=_failed_attempts(sweep),
+        elapsed=sweep.rows("SELECT max(finished) - min(started) AS seconds FROM attempts")[0]["seconds"],
+    )
+    publish(target / "index.html", page.encode())
+    return target / "index.html"
+
+
+def _read(sweep: Sweep) -> Findings:
+    trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
+    scored = {row["trial"]: row for row in scored_trials(sweep)}
+    front: dict[str, Record] = {}
+    for row in pareto(sweep):
+        kept = front.setdefault(trials[row["trial"]]["spec"], {**scored[row["trial"]], "also": []})
+        if kept["trial"] != row["trial"]:
+            kept["also"].append(row["trial"])
+    unsteered: dict[str, dict[str, float]] = {}
+    for row in sweep.rows(
+        "SELECT split, name, min(value) AS value FROM metrics WHERE trial IS NULL "
+        "AND spec IN (SELECT spec FROM attempts WHERE job = 'jobs.baseline') "
+        # Several baselines (of different prompts, say) have no common value.
+        "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
+    ):
+        unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
+    identity = sweep.identity
+    return Findings(identity, trials, scored, list(front.values()), _measures(identity), unsteered)
+
+
+def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:
+    directions = {objective["metric"]: objective["direction"] for objective in identity["objectives"]}
+    metrics = identity["metrics"]
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    names = dict.fromkeys([*directions, *(name for name in metrics if name not in ends)])
+    return {name: Measure(name, metrics[name]["unit"], directions.get(name, "")) for name in names}
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "select") -> np.ndarray:
+    """A metric or (with the split `params`) a parameter of every row, float64, NaN where undefined."""
+    return np.array([row[split].get(name) for row in rows], dtype=float)
+
+
+def _axes(found: Findings) -> tuple[str | None, str | None]:
+    """Parameters of the figures: the one along the x axis and the one that tells lines and rows apart."""
+    params = [row["params"] for row in found.scored.values()]
+    distinct = {name: {row[name] for row in params} - {None} for name in found.identity["parameters"]}
+    numeric = {name: values for name, values in distinct.items() if values and all(map(_is_number, values))}
+    if {"layer", "dose"} <= numeric.keys():
+        return "dose", "layer"
+    counts = {name: len(values) for name, values in numeric.items() if len(values) > 1}
+    first, second = [*sorted(counts, key=lambda name: -counts[name]), None, None][:2]
+    return first, second
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
+    """Name of each figure that can be drawn -> its alternative text and how to draw it."""
+    objectives = [found.measures[objective["metric"]] for objective in found.identity["objectives"]]
+    drawn: dict[str, tuple[str, Paint]] = {}
+    scored = found.scored.values()
+    # Trials that share a result would only be printed over one another.
+    results = {found.trials[row["trial"]]["spec"]: row for row in reversed(scored)}.values()
+    if rows := [row for row in results if all(row["select"].get(name) is not None for name, *_ in objectives)]:
+        drawn["pareto"] = _pareto(found, rows, objectives)
+    x, y = _axes(found)
+    needed = [name for name in (x, y) if name]
+    rows = [row for row in scored if all(row["params"][name] is not None for name in needed)]
+    rows = [row for row in rows if row["select"].get(objectives[0].name) is not None]
+    if rows and x and y:
+        drawn["heatmap"] = _heatmap(rows, x, y, objectives[0])
+    if rows and x:
+        drawn["curves"] = _curves(found, rows, x, y)
+    return drawn
+
+
+def _pareto(found: Findings, rows: Sequence[Record], objectives: Sequence[Measure]) -> tuple[str, Paint]:
+    points = np.column_stack([_column(rows, measure.name) for measure in objectives])
+    trials = [row["trial"] for row in rows]
+    front = [row["trial"] for row in found.front]
+    on_front = np.isin(trials, front)
+    alt = (
+        f"Scatter plot of {len(rows)} results by {' and '.join(measure.name for measure in objectives)}; "
+        f"highlighted: trials {', '.join(map(str, front))}. The table below has their values."
+    )
+    return alt, lambda theme: figures.pareto_figure(points, on_front, trials, objectives, theme)
+
+
+def _heatmap(rows: Sequence[Record], x: str, y: str, measure: Measure) -> tuple[str, Paint]:
+    values = _column(rows, measure.name)
+    across, down = _column(rows, x, "params"), _column(rows, y, "params")
+    ends = [
+        f"{end} {values[place]:.3g} at {y} {down[place]:g}, {x} {across[place]:g}"
+        for end, place in (("highest", values.argmax()), ("lowest", values.argmin()))
+    ]
+    alt = f"Heat-map of {measure.name} by {y} and {x}: {'; '.join(ends)}."
+    measures = (_parameter(x), _parameter(y), measure)
+    return alt, lambda theme: figures.heatmap_figure(across, down, values, measures, theme)
+
+
+def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> tuple[str, Paint]:
+    objectives = [objective["metric"] for objective in found.identity["objectives"]]
+    harm = "damage" if "damage" in found.measures else objectives[-1]
+    names = [
+        name
+        for name in dict.fromkeys((objectives[0], "log_odds", harm))
+        if name in found.measures and np.isfinite(_column(rows, name)).any()
+    ]
+    unsteered = found.unsteered.get("select", {})
+    ends = [[_column(rows, name + end) for end in ("_low", "_high")] for name in names]
+    panels = [
+        Panel(found.measures[name], _column(rows, name), low, high, unsteered.get(name))
+        for name, (low, high) in zip(names, ends, strict=True)
+    ]
+    across, lines = _column(rows, x, "params"), _column(rows, y, "params") if y else None
+    alt = f"Curves of {', '.join(names)} over {x}" + (f", one line for each {y}." if y else ".")
+    measures = (_parameter(x), _parameter(y) if y else None)
+    return alt, lambda theme: figures.curves_figure(across, lines, panels, measures, theme)
+
+
+def _parameter(name: str) -> Measure:
+    return Measure(name, UNITS.get(name, ""))
+
+
+def _draw(path: Path, alt: str, paint: Paint) -> Image:
+    """Publish the light figure and return both."""
+    light, dark = (figures.to_png(paint(theme)) for theme in (LIGHT, DARK))
+    publish(path, light)
+    return Image(_data_uri(light), _data_uri(dark), alt)
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
+    """Trials along the front and the strongest doses of the best layer, with their replies."""
+    chosen = _worth_reading(found)
+    replies = sweep.rows("SELECT * FROM completions WHERE trial IS NOT NULL ORDER BY trial, split DESC, item")
+    unsteered = sweep.rows("SELECT * FROM completions WHERE trial IS NULL")
+    if not unsteered:
+        idle = {number for number, row in found.scored.items() if row["params"].get("dose") == 0}
+        unsteered = [row for row in replies if row["trial"] in idle]
+    before = {(row["split"], row["prompt"]): row for row in unsteered}
+    comparisons = [
+        Comparison(
+            found.scored[trial],
+            why,
+            [(row, before.get((row["split"], row["prompt"]))) for row in replies if row["trial"] == trial],
+        )
+        for trial, why in chosen.items()
+    ]
+    return [comparison for comparison in comparisons if comparison.replies]
+
+
+def _worth_reading(found: Findings) -> dict[int, str]:
+    """Trial -> why its replies are shown; a dose of 0 says nothing new."""
+    moved = [row for row in found.front if row["params"].get("dose") != 0]
+    places = np.linspace(0, len(moved) - 1, min(SHOWN_OF_FRONT, len(moved))).round().astype(int)
+    chosen = {moved[place]["trial"]: "on the front" for place in places}
+    if not moved or "dose" not in found.identity["parameters"]:
+        return chosen
+    # Front rows stand best first, and Counter keeps that order among equals.
+    [(layer, _)] = Counter(row["params"].get("layer") for row in moved).most_common(1)
+    there = [row for row in found.scored.values() if row["params"].get("layer") == layer]
+    rows = sorted((row for row in there if row["params"]["dose"]), key=lambda row: row["params"]["dose"])
+    for row, sign in ((rows[-1], "positive"), (rows[0], "negative")):
+        if (row["params"]["dose"] > 0) == (sign == "positive"):
+            where = "" if layer is None else f" at layer {layer}, the layer with most trials on the front"
+            told = f"{chosen[row['trial']]}; " if row["trial"] in chosen else ""
+            chosen[row["trial"]] = f"{told}strongest {sign} dose{where}"
+    return chosen
+
+
+def _failed_attempts(sweep: Sweep) -> list[Record]:
+    return sweep.rows(
+        "SELECT state, job, reason, count(*) AS times, list(DISTINCT trial ORDER BY trial) AS trials "
+        "FROM attempts WHERE state <> 'ok' GROUP BY ALL ORDER BY times DESC, job, state, reason"
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "value": lambda metrics, name: Value(*(metrics.get(name + end) for end in ("", "_low", "_high"))),
+        "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
+        "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+    }
+    return environment
+
+
+def _number(value: float | None) -> str:
+    """Three decimals; fewer for large numbers, powers of ten for tiny ones, a dash for none."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _visible(value: Any) -> Any:
+    """Text with control, format and unpaired surrogate characters spelled out; emoji need their joiners."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(_spelled(character) for character in value)
+
+
+def _spelled(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or character in "\n\t\u200c\u200d":
+        return character
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"

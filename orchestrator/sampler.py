@@ -1,0 +1,143 @@
+"""Proposals from Optuna by ask and tell. The only importer of optuna."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from orchestrator.space_file import grid_cell
+from search_spaces.base import Domain, Float, Grid, Int, Space
+from storage.durable import drop_torn_line
+
+
+class Proposal(NamedTuple):
+    """A configuration to try.
+
+    Attributes:
+        trial: Its number.
+        params: Parameter -> value.
+        seen: Number of results that were told before it was asked.
+    """
+
+    trial: int
+    params: dict[str, Any]
+    seen: int
+
+
+class OptunaSampler:
+    """One study in a journal file, asked and told by one driver.
+
+    Before ask `n` the sampler is made anew from (seed, n), so that proposals depend on what was
+    told and not on when the driver was restarted.
+
+    Args:
+        space: What may be proposed.
+        name: The sampler: grid, random, tpe or nsga2.
+        seed: The sweep's seed.
+        journal: File of the study.
+        study: Name of the study.
+    """
+
+    def __init__(self, space: Space, *, name: str, seed: int, journal: Path, study: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        drop_torn_line(journal)
+        self._space = space
+        self._name = name
+        self._seed = seed
+        self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
+        self._study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=study,
+            directions=[objective.direction for objective in space.objectives],
+            load_if_exists=True,
+        )
+        self._study.set_metric_names([objective.metric for objective in space.objectives])
+        trials = self._study.get_trials(deepcopy=False)
+        self._asked = len(trials)
+        self._told = sum(trial.state.is_finished() for trial in trials)
+
+    def ask(self, fixed: Mapping[str, Any] | None = None) -> Proposal:
+        """Propose a configuration.
+
+        Args:
+            fixed: Parameters that must take these values.
+        """
+        self._study.sampler = self._sampler(self._asked, fixed or {})
+        trial = self._study.ask(self._distributions)
+        self._asked += 1
+        return Proposal(trial.number, self._plain(trial), self._told)
+
+    def adopt(self, known: Sequence[int]) -> list[Proposal]:
+        """Proposals that Optuna has open and that are not among the `known` trial numbers.
+
+        A driver that dies between asking and writing its ledger leaves such trials.
+        """
+        adopted = []
+        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number not in known:
+                self._study.sampler = self._sampler(frozen.number, {})
+                trial = Trial(self._study, frozen._trial_id)
+                for name, distribution in self._distributions.items():
+                    trial._suggest(name, distribution)
+                adopted.append(Proposal(trial.number, self._plain(trial), self._told))
+        return adopted
+
+    def tell(self, trial: int, values: Sequence[float] | None, *, failed: bool = False) -> None:
+        """Report how a trial ended; telling it again changes nothing.
+
+        Args:
+            trial: Its number.
+            values: The objectives, all finite; None if the trial has none.
+            failed: With no values: True = it crashed, False = it is infeasible, which the sampler should learn.
+        """
+        if values is not None:
+            self._study.tell(trial, list(values), skip_if_finished=True)
+        elif failed:
+            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            self._tell_infeasible(trial)
+        self._told += 1
+
+    def _tell_infeasible(self, number: int) -> None:
+        frozen = self._study.get_trials(deepcopy=False)[number]
+        if not frozen.state.is_finished():
+            Trial(self._study, frozen._trial_id).set_constraint("undefined_objective", 1.0)
+            self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def _plain(self, trial: Trial) -> dict[str, Any]:
+        return {name: trial.params[name] for name in self._distributions}
+
+    def _sampler(self, number: int, fixed: Mapping[str, Any]) -> BaseSampler:
+        seed = _derived_seed(self._seed, number)
+        if self._name == "grid":
+            return PartialFixedSampler(grid_cell(self._space, number), RandomSampler(seed=seed))
+        sampler: BaseSampler = {
+            "random": lambda: RandomSampler(seed=seed),
+            "tpe": lambda: TPESampler(seed=seed, multivariate=True, constant_liar=True),
+            "nsga2": lambda: NSGAIISampler(seed=seed),
+        }[self._name]()
+        return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
+
+
+def _distribution(domain: Domain) -> BaseDistribution:
+    match domain:
+        case Float():
+            return FloatDistribution(domain.low, domain.high, log=domain.log)
+        case Int():
+            return IntDistribution(domain.low, domain.high, log=domain.log)
+        case Grid():
+            return CategoricalDistribution(list(domain.values))
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")

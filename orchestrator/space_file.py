@@ -1,0 +1,158 @@
+"""Load a space file and check it against its job and model, before anything is spent."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs import catalog
+from jobs.errors import SpecError
+from jobs.resolve import load_job, make_params
+from jobs.spec import ModelRef
+from search_spaces.base import Domain, Float, Grid, Space
+
+_SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
+
+
+class SpaceFile(NamedTuple):
+    """A space, the name of its file without the ending, and the file's text."""
+
+    space: Space
+    name: str
+    source: str
+
+
+def load_space(path: Path) -> SpaceFile:
+    """The space that a file defines.
+
+    Raises:
+        SpecError: If the file is absent, does not run, or has no `SPACE`; file and line are named.
+    """
+    if not path.is_file():
+        raise SpecError(f"no space file {path}; give a Python file such as search_spaces/tone_grid.py")
+    source = path.read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"steersweep_space_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever a user's file raises is that file's fault
+        raise SpecError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
+    space = getattr(module, "SPACE", None)
+    if not isinstance(space, Space):
+        raise SpecError(f"{path} defines no SPACE; write SPACE = Space(...) as in search_spaces/tone_grid.py")
+    return SpaceFile(space, path.stem, source)
+
+
+def _line(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = [frame.tb_lineno for frame in _frames(error) if frame.tb_frame.f_code.co_filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _frames(error: Exception) -> Iterator[Any]:
+    frame = error.__traceback__
+    while frame is not None:
+        yield frame
+        frame = frame.tb_next
+
+
+def with_fixed(space: Space, values: Mapping[str, str]) -> Space:
+    """The space with fixed values from the command line, converted to the types of the job's parameters.
+
+    Raises:
+        SpecError: If a name is not a parameter of the job, or is one that the space varies.
+    """
+    hints = typing.get_type_hints(load_job(space.job).Params)
+    for name in values:
+        if name not in hints:
+            raise SpecError(f"--set space.{name}: {space.job} takes {sorted(hints)}")
+        if name in space.parameters:
+            raise SpecError(f"--set space.{name}: the space varies it; edit the space file instead")
+    return dataclasses.replace(
+        space, fixed={**space.fixed, **{name: _parse(value) for name, value in values.items()}}
+    )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def check_space(space: Space, model: ModelRef) -> None:
+    """Refuse a space that could not run.
+
+    Raises:
+        SpecError: If an objective is no metric of the job, a parameter is unknown or of a wrong type,
+            a dataset is absent, or a layer does not exist in the model.
+        ModelError: If the model is not to be had.
+    """
+    job = load_job(space.job)
+    for objective in space.objectives:
+        if objective.metric not in job.METRICS:
+            nearest = difflib.get_close_matches(objective.metric, job.METRICS, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise SpecError(
+                f"objective {objective.metric!r} is no metric of {space.job}; it has {sorted(job.METRICS)}{hint}"
+            )
+    for name, domain in space.parameters.items():
+        for value in _extremes(domain):
+            others = {other: _extremes(space.parameters[other])[0] for other in space.parameters if other != name}
+            make_params(space.job, {**space.fixed, **others, name: value})
+    _check_layers(space, model)
+
+
+def _extremes(domain: Domain) -> list[Any]:
+    return list(domain.values) if isinstance(domain, Grid) else [domain.low, domain.high]
+
+
+def _check_layers(space: Space, model: ModelRef) -> None:
+    layers = catalog.count_layers(model)
+    for name in load_job(space.job).LAYERS:
+        values = _extremes(space.parameters[name]) if name in space.parameters else [space.fixed.get(name)]
+        for value in values:
+            if layers is not None and isinstance(value, int) and not 0 <= value < layers:
+                raise SpecError(f"{name}={value}: the model {model.id} has the layers 0 to {layers - 1}")
+
+
+def grid_size(space: Space) -> int:
+    """Number of cells of the space's grid."""
+    return math.prod(len(_cells(domain)) for domain in space.parameters.values())
+
+
+def grid_cell(space: Space, index: int) -> dict[str, Any]:
+    """Cell `index` of the grid; the last parameter varies fastest."""
+    cell: dict[str, Any] = {}
+    for name, domain in reversed(space.parameters.items()):
+        values = _cells(domain)
+        index, place = divmod(index, len(values))
+        cell[name] = values[place]
+    return {name: cell[name] for name in space.parameters}
+
+
+def _cells(domain: Domain) -> list[Any]:
+    if isinstance(domain, Grid):
+        return list(domain.values)
+    assert not isinstance(domain, Float), "Space refuses a grid over reals"
+    return list(range(domain.low, domain.high + 1))
+
+
+def column_types(space: Space) -> dict[str, str]:
+    """Parameter -> SQL type of its column in `trials`."""
+    types = {}
+    for name, domain in space.parameters.items():
+        kinds = {type(value) for value in _extremes(domain)}
+        if kinds <= {int, float} and float in kinds or isinstance(domain, Float):
+            types[name] = "DOUBLE"
+        else:
+            types[name] = _SQL_TYPES[kinds.pop()] if len(kinds) == 1 else "VARCHAR"
+    return types

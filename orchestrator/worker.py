@@ -1,0 +1,143 @@
+"""One warm replica that runs orders and writes what comes out. No Ray, no Optuna, no driver state."""
+
+import importlib
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jobs.errors import OutOfMemory, SteersweepError
+from jobs.resolve import load_job, make_params
+from jobs.spec import ModelRef, Outcome, Requirement, Row
+from orchestrator.pool import Finished, Order, Report
+from storage.artifacts import Artifact, read_artifact, write_artifact
+from storage.parquet import write_table
+from storage.store import Part, StoredResult
+
+_FLUSH_SECONDS = 1.0
+
+
+class LoadReplica(Protocol):
+    """How a worker gets its model."""
+
+    def __call__(self, ref: ModelRef, *, device: str, token_budget: int) -> Any: ...
+
+
+class Worker:
+    """Runs orders on one replica.
+
+    Args:
+        folder: The sweep's folder.
+        model: The weights to load, once, at the first order.
+        device: Where to load them.
+        token_budget: Most tokens of one forward pass.
+        load: Loads the replica.
+    """
+
+    def __init__(
+        self, folder: Path, model: ModelRef, *, device: str, token_budget: int, load: LoadReplica | None = None
+    ) -> None:
+        self._folder = folder
+        loader = load or importlib.import_module("jobs.engine.replica").load_replica
+        self._replica = loader(model, device=device, token_budget=token_budget)
+        self._cache: dict[str, Mapping[str, np.ndarray]] = {}
+        self.stop_requested = False
+
+    def run(self, order: Order) -> Iterator[Report]:
+        """Run an order; a report follows whenever outcomes have waited a second, and at the end."""
+        started = time.time()
+        batch = _Batch(self._folder, started)
+        try:
+            rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
+            context = _Context(self, order.artifacts)
+            for index, outcome in load_job(order.job).run(self._replica, rows, context):
+                batch.add(order.rows[index].spec, order.job, outcome)
+                if batch.is_due():
+                    yield batch.flush()
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any failure of a job becomes data
+            yield batch.flush(error=_describe(error), out_of_memory=isinstance(error, OutOfMemory))
+        else:
+            yield batch.flush()
+
+    def artifact(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
+        """Arrays of an artifact, kept after the first use."""
+        if artifact.sha256 not in self._cache:
+            self._cache[artifact.sha256] = read_artifact(self._folder, artifact)
+        return self._cache[artifact.sha256]
+
+
+class _Context:
+    """What a running job may ask for (`jobs.spec.Context`)."""
+
+    def __init__(self, worker: Worker, artifacts: Mapping[str, Artifact]) -> None:
+        self._worker = worker
+        self._artifacts = artifacts
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._worker.stop_requested
+
+    def artifact(self, requirement: Requirement) -> Mapping[str, np.ndarray]:
+        if requirement.key not in self._artifacts:
+            raise SteersweepError(f"{requirement} was not among what the job's requires() named")
+        return self._worker.artifact(self._artifacts[requirement.key])
+
+
+class _Batch:
+    """Outcomes that wait to be written together."""
+
+    def __init__(self, folder: Path, started: float) -> None:
+        self._folder = folder
+        self._started = started
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._results: list[StoredResult] = []
+        self._finished: list[Finished] = []
+        self._since = time.monotonic()
+
+    def add(self, spec: str, job: str, outcome: Outcome) -> None:
+        now = time.time()
+        state = "failed" if outcome.status == "failed" else "ok"
+        self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
+        for split, metrics in outcome.metrics.items():
+            for name, value in metrics.items():
+                self._put("metrics", {"spec": spec, "split": split, "name": name, "value": value})
+        for table, rows in outcome.tables.items():
+            for row in rows:
+                self._put(table, {"spec": spec, **row})
+        artifact = write_artifact(self._folder, outcome.tensors) if outcome.tensors else None
+        self._finished.append(
+            Finished(spec, state, outcome.reason, now, dict(outcome.metrics.get("select", {})), artifact)
+        )
+        if artifact is not None:
+            self._put(
+                "artifacts",
+                {"spec": spec, "job": job, "hash": artifact.sha256, "path": artifact.path, "bytes": artifact.bytes},
+            )
+
+    def _put(self, table: str, row: dict[str, Any]) -> None:
+        self._tables.setdefault(table, []).append(row)
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._since > _FLUSH_SECONDS
+
+    def flush(self, *, error: str | None = None, out_of_memory: bool = False) -> Report:
+        files = tuple(write_table(self._folder, table, rows) for table, rows in self._tables.items())
+        part = Part(files, tuple(self._results))
+        finished = tuple(self._finished)
+        self._clear()
+        return Report(part, finished, self._started, socket.gethostname(), error, out_of_memory)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, SteersweepError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"

@@ -1,0 +1,128 @@
+"""What a space file is made of. No torch, no optuna.
+
+A space is a Python file with one name, `SPACE`. Copy one, edit it, run it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Sampler = Literal["grid", "random", "tpe", "nsga2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float:
+    """A real number between two bounds, both included.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+        log: Whether the logarithm is sampled evenly; needs `low` above 0.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bounds(self.low, self.high, log=self.log)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int:
+    """A whole number between two bounds, both included.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+        log: Whether the logarithm is sampled evenly; needs `low` above 0.
+    """
+
+    low: int
+    high: int
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bounds(self.low, self.high, log=self.log)
+
+
+def _check_bounds(low: float, high: float, *, log: bool) -> None:
+    if low > high:
+        raise ValueError(f"low={low} is above high={high}")
+    if log and low <= 0:
+        raise ValueError(f"low={low} with log=True; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One of the listed values; the sampler `grid` tries them all.
+
+    Attributes:
+        values: Distinct values of type bool, int, float or str.
+    """
+
+    values: Sequence[bool | int | float | str]
+
+    def __post_init__(self) -> None:
+        if not self.values or len(set(self.values)) < len(self.values):
+            raise ValueError(f"Grid({list(self.values)}) needs at least one value, each listed once")
+        if wrong := [value for value in self.values if not isinstance(value, (bool, int, float, str))]:
+            raise ValueError(f"Grid values are bool, int, float or str, not {wrong}")
+
+
+Domain = Float | Int | Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A metric to push in one direction, read on the split select.
+
+    Attributes:
+        metric: Name in the job's METRICS.
+        direction: `minimize` or `maximize`.
+    """
+
+    metric: str
+    direction: Literal["minimize", "maximize"]
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("minimize", "maximize"):
+            raise ValueError(f"direction={self.direction!r}; it takes 'minimize' or 'maximize'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What to try.
+
+    Attributes:
+        description: What question the sweep answers, in a sentence or two.
+        job: Import path of the job module.
+        parameters: Job parameter -> the values it may take.
+        fixed: Job parameter -> its one value; the rest keep the job's defaults.
+        objectives: At least one; the first is shown as "best so far".
+        sampler: Who proposes configurations.
+        trials: How many; None tries every cell of a grid.
+    """
+
+    description: str
+    job: str
+    parameters: Mapping[str, Domain]
+    objectives: Sequence[Objective]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Sampler = "tpe"
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            raise ValueError("parameters is empty; name at least one parameter to vary")
+        if not self.objectives:
+            raise ValueError("objectives is empty; name at least one metric and its direction")
+        if both := sorted(set(self.parameters) & set(self.fixed)):
+            raise ValueError(f"{both} are both parameters and fixed; keep one of them")
+        if self.trials is not None and self.trials < 1:
+            raise ValueError(f"trials={self.trials}; it takes 1 or more")
+        if self.sampler == "grid":
+            if endless := sorted(name for name, domain in self.parameters.items() if isinstance(domain, Float)):
+                raise ValueError(f"sampler='grid' with the real parameters {endless}; list their values as Grid([...])")
+        elif self.trials is None:
+            raise ValueError(f"sampler={self.sampler!r} needs trials=N; only a grid ends by itself")

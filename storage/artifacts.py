@@ -1,0 +1,55 @@
+"""Content-addressed tensors: safetensors files named by their hash."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from jobs.errors import SteersweepError
+from storage.durable import publish
+
+
+class Artifact(NamedTuple):
+    """A stored set of arrays.
+
+    Attributes:
+        sha256: Hash of the file's bytes.
+        path: File, relative to the sweep's folder.
+        bytes: Its size.
+    """
+
+    sha256: str
+    path: str
+    bytes: int
+
+
+def write_artifact(folder: Path, tensors: Mapping[str, np.ndarray]) -> Artifact:
+    """Store arrays once; equal content is one file. Raises OSError if the disk refuses."""
+    content = save_safetensors({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / "artifacts" / f"{digest[:32]}.safetensors"
+    if not path.exists():
+        publish(path, content)
+    return Artifact(digest, str(path.relative_to(folder)), len(content))
+
+
+def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
+    """The arrays of an artifact, read-only.
+
+    Raises:
+        SteersweepError: If the file is absent or its content is not what was stored.
+    """
+    path = folder / artifact.path
+    if not path.is_file():
+        raise SteersweepError(f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != artifact.sha256:
+        raise SteersweepError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")
+    arrays = load_safetensors(content)
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays

@@ -1,0 +1,85 @@
+"""The driver's own record of what was asked and dispatched: enough to go on after any death.
+
+Results are not here: a result exists once a manifest entry lists its files.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.spec import Spec
+from storage.durable import Log, read_log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A trial that the sampler proposed.
+
+    Attributes:
+        trial: Its number.
+        params: Proposed parameters.
+        spec: What has to be computed for it.
+        seen: Number of results that the sampler had been told before.
+        fixed: Parameters that were held fixed so that the trial could share a pack.
+    """
+
+    trial: int
+    params: Mapping[str, Any]
+    spec: Spec
+    seen: int
+    fixed: tuple[str, ...] = ()
+
+
+class Ledger:
+    """Append-only; one writer, the driver."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = Log(ledger_path(folder))
+
+    def asked(self, trials: Iterable[Asked]) -> None:
+        """Record proposals before anything is done about them."""
+        self._log.append(
+            *(
+                {
+                    "event": "asked",
+                    "trial": asked.trial,
+                    "params": dict(asked.params),
+                    "spec": asked.spec.to_json(),
+                    "seen": asked.seen,
+                    "fixed": list(asked.fixed),
+                }
+                for asked in trials
+            )
+        )
+
+    def dispatched(self, attempt: str, worker: str, specs: Iterable[str]) -> None:
+        """Record that a worker was given a pack."""
+        self._log.append({"event": "dispatched", "attempt": attempt, "worker": worker, "specs": list(specs)})
+
+
+def ledger_path(folder: Path) -> Path:
+    """File of a sweep's ledger."""
+    return folder / "ledger.jsonl"
+
+
+def read_asked(folder: Path) -> list[Asked]:
+    """All proposals of a sweep, in order."""
+    return [
+        Asked(
+            trial=event["trial"],
+            params=event["params"],
+            spec=Spec.from_json(event["spec"]),
+            seen=event["seen"],
+            fixed=tuple(event["fixed"]),
+        )
+        for event in read_log(ledger_path(folder))
+        if event["event"] == "asked"
+    ]
+
+
+def read_dispatched(folder: Path) -> set[str]:
+    """Ids of the specs that some worker was given."""
+    return {
+        spec for event in read_log(ledger_path(folder)) if event["event"] == "dispatched" for spec in event["specs"]
+    }

@@ -1,0 +1,71 @@
+"""The non-dominated trials of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import moocore
+import numpy as np
+
+from storage.query import Sweep
+
+
+def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
+    """Which points no other point dominates; equal points are all kept.
+
+    Args:
+        points: Shape (points, objectives), finite.
+        directions: `minimize` or `maximize` for each objective.
+
+    Returns:
+        Boolean array of shape (points,).
+    """
+    if len(points) == 0:
+        return np.zeros(0, dtype=bool)
+    maximise = [direction == "maximize" for direction in directions]
+    mask: np.ndarray = moocore.is_nondominated(points, maximise=maximise, keep_weakly=True)
+    return mask
+
+
+def pareto(sweep: Sweep) -> list[dict[str, Any]]:
+    """Completed trials of the front, best first objective first.
+
+    Each row holds `trial`, `params`, the objectives on the split select (`objectives`) and the
+    same metrics on the split report (`report`).
+    """
+    names = [objective["metric"] for objective in sweep.identity["objectives"]]
+    directions = [objective["direction"] for objective in sweep.identity["objectives"]]
+    rows = [row for row in scored_trials(sweep) if all(row["select"].get(name) is not None for name in names)]
+    points = np.array([[row["select"][name] for name in names] for row in rows]).reshape(len(rows), len(names))
+    chosen = [row for row, kept in zip(rows, front(points, directions), strict=True) if kept]
+    sign = -1 if directions[0] == "maximize" else 1
+    return [
+        {
+            "trial": row["trial"],
+            "params": row["params"],
+            "objectives": {name: row["select"][name] for name in names},
+            "report": {name: row["report"].get(name) for name in names},
+        }
+        for row in sorted(chosen, key=lambda row: (sign * row["select"][names[0]], row["trial"]))
+    ]
+
+
+def scored_trials(sweep: Sweep) -> list[dict[str, Any]]:
+    """Completed trials with their parameters and metrics: `trial`, `params`, `select`, `report`.
+
+    A trial that shares an earlier trial's result is that trial's point, not one more.
+    """
+    parameters = list(sweep.identity["parameters"])
+    trials = {
+        row["trial"]: {
+            "trial": row["trial"],
+            "params": {name: row[name] for name in parameters},
+            "select": {},
+            "report": {},
+        }
+        for row in sweep.rows("SELECT * FROM trials WHERE state = 'completed' AND reused_from IS NULL ORDER BY trial")
+    }
+    metrics: Sequence[Mapping[str, Any]] = sweep.rows("SELECT trial, split, name, value FROM metrics")
+    for row in metrics:
+        if row["trial"] in trials and row["split"] in ("select", "report"):
+            trials[row["trial"]][row["split"]][row["name"]] = row["value"]
+    return list(trials.values())

@@ -1,0 +1,125 @@
+"""SQL over a sweep's visible tables. The only importer of duckdb."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from jobs.errors import SpecError
+from storage.ledger import ledger_path, read_asked, read_dispatched
+from storage.schema import RESULT_TABLES, TABLES, Column
+from storage.store import Store
+
+_SQL_TYPES = {"text": "VARCHAR", "json": "VARCHAR", "integer": "BIGINT", "real": "DOUBLE", "real32[]": "FLOAT[]"}
+
+
+class Sweep:
+    """A sweep's folder, opened for reading; finished and running sweeps alike.
+
+    Attributes:
+        folder: The sweep's folder.
+        identity: What `sweep.json` says: job, space, parameters, objectives, model, seed, provenance.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    def query(self, sql: str) -> pa.Table:
+        """The answer to one SELECT statement.
+
+        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `vectors` and
+        `artifacts`. All results have a column `trial`, null for what belongs to no trial, such as
+        the unsteered baseline; `trials` has a column for each parameter.
+
+        Raises:
+            SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
+        """
+        with duckdb.connect(":memory:") as connection:
+            self._define_views(connection)
+            try:
+                statements = connection.extract_statements(sql)
+                if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                    raise SpecError("query takes one SELECT statement; the tables cannot be changed")
+                table: pa.Table = connection.sql(statements[0].query).to_arrow_table()
+            except duckdb.Error as error:
+                raise SpecError(f"query: {str(error).splitlines()[0]}") from error
+            return table
+
+    def rows(self, sql: str) -> list[dict[str, Any]]:
+        """The answer to one SELECT statement as dictionaries."""
+        return self.query(sql).to_pylist()
+
+    def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
+        store = Store(self.folder)
+        folder = str((self.folder / "tables").resolve())
+        connection.execute("SET allowed_directories = [?]".replace("?", _quoted(folder)))
+        connection.execute("SET enable_external_access = false")
+        for table, columns in TABLES.items():
+            paths = [str((self.folder / file.path).resolve()) for file in store.files(table)]
+            _define_stored(connection, table, columns, paths)
+        self._define_trials(connection, store)
+        connection.execute('CREATE VIEW attempts AS SELECT * FROM stored_attempts ORDER BY started, attempt')
+        for table in RESULT_TABLES:
+            connection.execute(
+                f"CREATE VIEW {table} AS SELECT trials.trial, stored.* "
+                f"FROM stored_{table} stored LEFT JOIN trials USING (spec)"
+            )
+        connection.execute("SET lock_configuration = true")
+
+    def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+        columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
+        connection.execute(f"CREATE TABLE open_trials ({columns})")
+        finished = {row["trial"] for row in store.rows("trials")}
+        dispatched = read_dispatched(self.folder) if ledger_path(self.folder).exists() else set()
+        waiting = [
+            (asked.trial, asked.spec.id, "running" if asked.spec.id in dispatched else "waiting", None, None, None, None,
+             json.dumps(dict(asked.params)))
+            for asked in read_asked(self.folder)
+            if asked.trial not in finished
+        ]
+        if waiting:
+            connection.executemany("INSERT INTO open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
+        parameters = "".join(
+            f", CAST(json_extract_string(params, {_quoted('$.' + json.dumps(name))}) AS {sql_type}) AS {_identifier(name)}"
+            for name, sql_type in self.identity["parameters"].items()
+        )
+        connection.execute(
+            f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
+            "FROM (SELECT * FROM stored_trials UNION ALL SELECT * FROM open_trials) ORDER BY trial"
+        )
+
+
+def _define_stored(
+    connection: duckdb.DuckDBPyConnection, table: str, columns: tuple[Column, ...], paths: list[str]
+) -> None:
+    if paths:
+        listed = ", ".join(_quoted(path) for path in paths)
+        connection.execute(f"CREATE VIEW stored_{table} AS SELECT * FROM read_parquet([{listed}])")
+    else:
+        typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in columns)
+        connection.execute(f"CREATE TABLE stored_{table} ({typed})")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _identifier(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def open_sweep(folder: Path | str) -> Sweep:
+    """A sweep's folder for reading.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+    """
+    folder = Path(folder)
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise SpecError(f"{folder} holds no sweep: there is no sweep.json; give the folder named by `run --out`")
+    return Sweep(folder, json.loads(path.read_bytes()))

@@ -1,0 +1,92 @@
+"""Columns of every table: name, type, unit, meaning. Plain data; the version grows with any change."""
+
+from typing import NamedTuple
+
+SCHEMA_VERSION = 1
+
+
+class Column(NamedTuple):
+    """One column.
+
+    Attributes:
+        name: Name in Parquet and SQL.
+        kind: One of text, integer, real, real32[] (list of float32), json (text that holds JSON).
+        unit: Unit, or "" where there is none.
+        meaning: What a row says here.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+
+
+_SPEC = Column("spec", "text", "", "id of the spec whose result this is")
+_SPLIT = Column("split", "text", "", "extract, select or report")
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "trials": (
+        Column("trial", "integer", "", "number of the trial, from 0 in the order of asking"),
+        _SPEC,
+        Column("state", "text", "", "waiting, running, completed, infeasible or failed"),
+        Column("reason", "text", "", "why the trial is not completed"),
+        Column("reused_from", "integer", "", "earlier trial of the same spec, whose result this trial shares"),
+        Column("seconds", "real", "s", "pack's seconds divided by its rows; null for a reused result"),
+        Column("finished", "real", "s since 1970", "when the result was accepted"),
+        Column("params", "json", "", "the proposed parameters"),
+    ),
+    "attempts": (
+        Column("attempt", "text", "", "id of the try"),
+        Column("pack", "text", "", "id of the pack it belongs to"),
+        Column("trial", "integer", "", "the trial; null for a prerequisite"),
+        _SPEC,
+        Column("job", "text", "", "import path of the job"),
+        Column("state", "text", "", "ok, failed, lost or oom"),
+        Column("reason", "text", "", "why it is not ok"),
+        Column("worker", "text", "", "name of the worker"),
+        Column("host", "text", "", "machine of the worker"),
+        Column("started", "real", "s since 1970", "when the worker took the pack"),
+        Column("finished", "real", "s since 1970", "when this row's outcome was out"),
+    ),
+    "metrics": (
+        _SPEC,
+        _SPLIT,
+        Column("name", "text", "", "metric of the job"),
+        Column("value", "real", "as the job's METRICS say", "null where it is not defined"),
+    ),
+    "items": (
+        _SPEC,
+        _SPLIT,
+        Column("item", "integer", "", "number of the prompt"),
+        Column("prompt", "text", "", "what was scored"),
+        Column("name", "text", "", "score"),
+        Column("value", "real", "as the job's METRICS say", "null where it is not defined"),
+        Column("label", "text", "", "class of the item, where it has one"),
+    ),
+    "completions": (
+        _SPEC,
+        _SPLIT,
+        Column("item", "integer", "", "number of the prompt"),
+        Column("prompt", "text", "", "what the model was asked"),
+        Column("text", "text", "", "what it replied, special tokens left out"),
+        Column("tokens", "integer", "tokens", "length of the reply"),
+        Column("nll", "real", "nats/token", "mean -ln p under the unsteered model; null for an empty reply"),
+        Column("repetition", "real", "share", "share of repeated trigrams"),
+    ),
+    "vectors": (
+        _SPEC,
+        Column("name", "text", "", "which vector of the result"),
+        Column("layer", "integer", "", "block whose output it belongs to, from 0"),
+        Column("norm", "real", "residual-stream units", "Euclidean norm"),
+        Column("vector", "real32[]", "residual-stream units", "the vector as it was added"),
+    ),
+    "artifacts": (
+        _SPEC,
+        Column("job", "text", "", "import path of the job that made it"),
+        Column("hash", "text", "", "SHA-256 of the file"),
+        Column("path", "text", "", "file, relative to the sweep's folder"),
+        Column("bytes", "integer", "bytes", "size of the file"),
+    ),
+}
+RESULT_TABLES = ("metrics", "items", "completions", "vectors", "artifacts")
+"""Tables that workers write; their rows are keyed by spec."""

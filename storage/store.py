@@ -1,0 +1,92 @@
+"""What a sweep has kept: files that a manifest lists, and nothing else.
+
+A result is visible once its manifest entry is written. Readers never see a file that no entry
+lists, so a death between writing a table and listing it leaves no half result.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from storage.durable import publish
+from storage.parquet import TableFile, read_rows, write_table
+from storage.schema import SCHEMA_VERSION
+
+
+class StoredResult(NamedTuple):
+    """That a spec has a result: its status and why it is not completed."""
+
+    spec: str
+    status: str
+    reason: str | None
+
+
+class Part(NamedTuple):
+    """What a worker has written of some results, not visible before it is committed."""
+
+    files: tuple[TableFile, ...]
+    results: tuple[StoredResult, ...]
+
+
+class Store:
+    """Tables and manifest of one sweep; one writer, the driver.
+
+    Attributes:
+        folder: The sweep's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries = [json.loads(path.read_bytes()) for path in manifest_entries(folder)]
+        self.results = {
+            result["spec"]: StoredResult(**result) for entry in self._entries for result in entry["results"]
+        }
+
+    def commit(self, parts: Iterable[Part], **tables: Sequence[Mapping[str, Any]]) -> None:
+        """Make parts and the driver's own rows visible, all at once.
+
+        Args:
+            parts: What workers wrote.
+            tables: Table name -> rows that the driver adds, such as `trials` and `attempts`.
+
+        Raises:
+            OSError: If the disk refuses; nothing becomes visible then.
+            ValueError: If a spec already has a result.
+        """
+        parts = list(parts)
+        results = [result for part in parts for result in part.results]
+        specs = [result.spec for result in results]
+        if doubled := sorted(self.results.keys() & set(specs)) or len(specs) != len(set(specs)):
+            raise ValueError(f"results were already accepted for the specs {doubled}")
+        own = [write_table(self.folder, table, rows) for table, rows in tables.items() if rows]
+        files = [file for part in parts for file in part.files] + own
+        if not files and not results:
+            return
+        entry = {
+            "schema": SCHEMA_VERSION,
+            "files": [file._asdict() for file in files],
+            "results": [result._asdict() for result in results],
+        }
+        path = manifest_folder(self.folder) / f"{len(self._entries):08d}.json"
+        publish(path, json.dumps(entry, indent=1).encode())
+        self._entries.append(entry)
+        self.results.update({result.spec: result for result in results})
+
+    def files(self, table: str) -> list[TableFile]:
+        """The listed files of one table."""
+        return [TableFile(**file) for entry in self._entries for file in entry["files"] if file["table"] == table]
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """All visible rows of one table."""
+        return read_rows(self.folder, table, self.files(table))
+
+
+def manifest_folder(folder: Path) -> Path:
+    """Where a sweep's manifest entries are."""
+    return folder / "manifest"
+
+
+def manifest_entries(folder: Path) -> list[Path]:
+    """Manifest entries, oldest first."""
+    return sorted(manifest_folder(folder).glob("*.json"))

@@ -1,0 +1,17 @@
+"""What several test files need."""
+
+import pytest
+from hypothesis import settings
+
+from jobs.engine.replica import Replica, load_replica
+from jobs.spec import ModelRef
+
+# The same examples every time: a run says something about the change, not about luck.
+settings.register_profile("steersweep", deadline=None, derandomize=True, database=None)
+settings.load_profile("steersweep")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Replica:
+    """The small real model, float32; `make install` puts it on the machine."""
+    return load_replica(ModelRef(id="smollm2-135m"))
