@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.data.claims import honesty_pairs, load_questions
+from jobs.data.pairs import load_pairs
+from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
 
 if TYPE_CHECKING:
@@ -65,6 +68,14 @@ def requires(params: Params) -> Sequence[Requirement]:
     return ()
 
 
+def check(params: Params) -> None:
+    """The pairs or claims can be read. Raises SpecError if not."""
+    if params.source == "claims":
+        load_questions(params.pairs, extract=params.count, select=0, report=0)
+    else:
+        load_pairs(params.pairs)
+
+
 def canonical(params: Params) -> Params:
     """The component does not matter to a mean difference."""
     return replace(params, component=0) if params.method == "mean_difference" else params
@@ -122,8 +133,6 @@ def _activations(replica: "Replica", params: Params) -> tuple["Tensor", "Tensor"
 
 
 def _text_pairs(replica: "Replica", params: Params) -> list[tuple[list[int], list[int]]]:
-    from jobs.data.pairs import load_pairs
-
     pairs = load_pairs(params.pairs)
     return [
         (replica.encode(pair.positive), replica.encode(pair.negative))
@@ -132,8 +141,6 @@ def _text_pairs(replica: "Replica", params: Params) -> list[tuple[list[int], lis
 
 
 def _claim_pairs(replica: "Replica", params: Params) -> list[tuple[list[int], list[int]]]:
-    from jobs.data.claims import honesty_pairs, load_questions
-
     questions = load_questions(params.pairs, extract=params.count, select=0, report=0)
     return [
         (
@@ -155,6 +162,12 @@ def load_direction(context: Context, params: Params, layer: int, dose: float) ->
 
     Returns:
         The direction of shape (hidden,) and the multiplier, dose x residual norm.
+
+    Raises:
+        SpecError: If the model has no such layer.
     """
     arrays = context.artifact(Requirement(job=__name__, params=params))
+    layers = len(arrays["directions"])
+    if layer >= layers:
+        raise SpecError(f"layer {layer} does not exist; the model has 0 to {layers - 1}")
     return arrays["directions"][layer], dose * float(arrays["residual_norms"][layer])

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import extract
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
+from jobs.data.claims import ClaimQuestion, load_questions
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from jobs.data.claims import ClaimQuestion
     from jobs.engine.replica import Replica
     from jobs.engine.steering import RowTables
 
@@ -64,8 +64,8 @@ METRICS = {
     "beats_chance": Metric("0 or 1", "1 if accuracy's interval lies above 0.5"),
     "accuracy_true": Metric("share of true claims", "accuracy on true claims"),
     "accuracy_false": Metric("share of false claims", "accuracy on false claims"),
-    "text_accuracy": Metric(_SHARE, "written answers that give the honest letter; unparsed ones count as wrong"),
-    "unparsed": Metric(_SHARE, "written answers without a letter"),
+    "text_accuracy": Metric(_SHARE, "written answers that judge rightly; unparsed ones count as wrong"),
+    "unparsed": Metric(_SHARE, "written answers with neither a letter nor true or false"),
     "p_true": Metric("probability", 'mean probability of the letter that means "true", of the two letters'),
     "p_true_gap": Metric("probability", "p_true on true claims less p_true on false ones; 0 is chance"),
     "kl": Metric("nats", "mean KL(unsteered || steered) of the answer's first token"),
@@ -86,6 +86,17 @@ def requires(params: Params) -> Sequence[Requirement]:
     if params.dose == 0:
         return ()
     return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
+
+
+def check(params: Params) -> None:
+    """There are enough labelled claims. Raises SpecError if not."""
+    _questions(params)
+
+
+def _questions(params: Params) -> list[ClaimQuestion]:
+    return load_questions(
+        params.claims, extract=params.claims_extract, select=params.claims_select, report=params.claims_report
+    )
 
 
 def canonical(params: Params) -> Params:
@@ -120,14 +131,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """
     import torch
 
-    from jobs.data.claims import load_questions
     from jobs.engine.steering import Addition, row_tables
 
-    shared: Params = rows[0].params
-    questions = load_questions(
-        shared.claims, extract=shared.claims_extract, select=shared.claims_select, report=shared.claims_report
-    )
-    asked = [question for question in questions if question.split != "extract"]
+    asked = [question for question in _questions(rows[0].params) if question.split != "extract"]
     steered = [row.params for row in rows if row.params.dose != 0]
     reference = (
         torch.tensor(context.artifact(_unsteered(steered[0]))["log_probabilities"]) if steered else None
@@ -145,7 +151,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _answer(
-    replica: "Replica", asked: "Sequence[ClaimQuestion]", tables: "RowTables", max_new_tokens: int
+    replica: "Replica", asked: Sequence[ClaimQuestion], tables: "RowTables", max_new_tokens: int
 ) -> "tuple[Tensor, list[str]]":
     """Log-probabilities of each answer's first token, shape (claims, vocabulary), and the written answers."""
     import torch
@@ -167,21 +173,24 @@ def _answer(
 
 def _outcome(
     replica: "Replica",
-    asked: "Sequence[ClaimQuestion]",
+    asked: Sequence[ClaimQuestion],
     log_probabilities: "Tensor",
     reference: "Tensor",
     texts: Sequence[str],
     tensors: "Mapping[str, np.ndarray]",
 ) -> Outcome:
     from jobs.scoring.logits import kl_divergence
-    from jobs.scoring.text import parse_letter
+    from jobs.scoring.text import parse_judgement
 
+    if not log_probabilities.isfinite().all():
+        return Outcome(status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose")
     letters = {letter: _letter_token(replica, letter) for letter in "AB"}
     pair = log_probabilities[:, [letters["A"], letters["B"]]].softmax(dim=-1)
     kl = kl_divergence(reference, log_probabilities).tolist()
     judged = []
     for index, question in enumerate(asked):
         p_true = float(pair[index, "AB".index(question.true_letter)])
+        judgement = parse_judgement(texts[index], question.true_letter)
         judged.append(
             {
                 "split": question.split,
@@ -189,8 +198,8 @@ def _outcome(
                 "statement": question.claim.statement,
                 "p_true": p_true,
                 "correct": float((p_true > 0.5) == question.claim.is_true),
-                "parsed": float(parse_letter(texts[index]) is not None),
-                "text_correct": float(parse_letter(texts[index]) == question.honest_letter),
+                "parsed": float(judgement is not None),
+                "text_correct": float(judgement == question.claim.is_true),
                 "kl": kl[index],
                 "text": texts[index],
                 "user": question.user,

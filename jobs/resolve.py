@@ -20,7 +20,7 @@ from typing import Any, cast
 from jobs.errors import SpecError
 from jobs.spec import Job, ModelRef, Requirement, Spec, params_to_json
 
-_REQUIRED_NAMES = ("Params", "METRICS", "PACK_BY", "DATA", "LAYERS", "size", "requires", "canonical", "run")
+_REQUIRED_NAMES = ("Params", "METRICS", "PACK_BY", "DATA", "LAYERS", "size", "requires", "check", "canonical", "run")
 _ASSETS = Path(__file__).parent / "data" / "assets"
 _ASSET_SUFFIXES = ("", ".jsonl", ".csv", ".txt")
 

@@ -192,6 +192,9 @@ class Job(Protocol):
     def requires(self, params: Any) -> Sequence[Requirement]:
         """Artifacts that must exist before `run`."""
 
+    def check(self, params: Any) -> None:
+        """Read the datasets as `run` will. Raises SpecError if they cannot be used."""
+
     def canonical(self, params: Any) -> Any:
         """Parameters that mean the same work as `params`, equal for equal work."""
 

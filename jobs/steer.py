@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jobs import extract
+from jobs.data.prompts import Choice, OpenPrompt, load_choices, load_open_prompts
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
@@ -94,6 +95,19 @@ def requires(params: Params) -> Sequence[Requirement]:
     return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
 
 
+def check(params: Params) -> None:
+    """The pairs, the choices and the open prompts can be read. Raises SpecError if not."""
+    extract.check(_extraction(params))
+    _read_prompts(params)
+
+
+def _read_prompts(params: Params) -> tuple[list[Choice], list[OpenPrompt]]:
+    return (
+        load_choices(params.choices, params.choices_select, params.choices_report),
+        load_open_prompts(params.prompts, params.prompts_select, params.prompts_report),
+    )
+
+
 def canonical(params: Params) -> Params:
     """A dose of 0 is the same work at every layer and in every direction."""
     if params.dose == 0:
@@ -135,15 +149,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _panel(replica: "Replica", params: Params) -> "Panel":
-    from jobs.data.prompts import load_choices, load_open_prompts
     from jobs.readout import Panel
 
-    return Panel(
-        replica,
-        load_choices(params.choices, params.choices_select, params.choices_report),
-        load_open_prompts(params.prompts, params.prompts_select, params.prompts_report),
-        max_new_tokens=params.max_new_tokens,
-    )
+    return Panel(replica, *_read_prompts(params), max_new_tokens=params.max_new_tokens)
 
 
 def _addition(context: Context, params: Params) -> "Addition":

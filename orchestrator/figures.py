@@ -1,12 +1,8 @@
-"""The report's figures, from plain numbers to PNG. The only importer of matplotlib.
+"""The report's figures, from plain numbers. Knows no sweep and no file; no pyplot state."""
 
-Knows no sweep and no file; Agg figures, no pyplot state.
-"""
-
-import io
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,55 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, Normalize
-from matplotlib.figure import Figure as Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from orchestrator.canvas import Figure, Measure, Theme, colour_bar, new_figure, style
+
 MOST_ROWS, MOST_COLUMNS, BINS = 48, 16, 12
-"""Distinct values that a heat-map shows one by one; with more, it shows `BINS` ranges of equal width."""
+"""Distinct values that a heat-map shows one by one; of more it shows `BINS` ranges."""
 _MOST_IN_LEGEND = 10
 _MARKERS = "osD^vPX*<>"
 _LABEL_SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.4), (0, -1.4))
-_LABEL_PLACES = tuple((radius * x, radius * y) for radius in (7, 14, 24) for x, y in _LABEL_SIDES)
+_LABEL_PLACES = tuple((radius * x, radius * y) for radius in (4, 10, 18) for x, y in _LABEL_SIDES)
 """Offsets of a label from its point, points; nearer ones are tried first."""
-
-
-class Theme(NamedTuple):
-    """Colours of a figure, safe for colour-blind readers; the colour maps go from low to high."""
-
-    paper: str
-    ink: str
-    faint: str
-    muted: str
-    accent: str
-    diverging: str
-    sequential: str
-    range: tuple[float, float]
-
-
-LIGHT = Theme("#ffffff", "#1d2127", "#dfe3e8", "#848c96", "#c04a00", "RdBu_r", "cividis", (0.0, 0.85))
-DARK = Theme("#15181c", "#e4e7eb", "#30363d", "#8a939e", "#ff9d5c", "berlin", "cividis", (0.25, 1.0))
-
-
-class Measure(NamedTuple):
-    """A metric or a parameter on an axis.
-
-    Attributes:
-        name: Its name.
-        unit: Its unit, or "".
-        direction: `maximize`, `minimize`, or "" where neither way is better.
-    """
-
-    name: str
-    unit: str = ""
-    direction: str = ""
-
-    @property
-    def label(self) -> str:
-        """Name, unit and the way to better; on an upright axis the arrow turns with the text."""
-        text = f"{self.name} ({self.unit})" if self.unit else self.name
-        if self.direction == "maximize":
-            return f"{text}   better →"
-        return f"← better   {text}" if self.direction == "minimize" else text
 
 
 class Panel(NamedTuple):
@@ -83,13 +42,6 @@ class Panel(NamedTuple):
     unsteered: float | None
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def pareto_figure(
     points: np.ndarray, on_front: np.ndarray, trials: Sequence[int], measures: Sequence[Measure], theme: Theme
 ) -> Figure:
@@ -106,10 +58,10 @@ def pareto_figure(
         points = np.column_stack([trials, points])
         measures = [Measure("trial"), *measures]
     panels = len(measures) - 1
-    figure = _new_figure(max(7.4, 4.4 * panels), 4.8, theme)
+    figure = new_figure(max(8.8, 4.6 * panels), 5.0, theme)
     grid = figure.subplots(1, panels, squeeze=False)[0]
     for place, axes in enumerate(grid, start=1):
-        _style(axes, theme, x=measures[0].label, y=measures[place].label)
+        style(axes, theme, x=measures[0].label, y=measures[place].label)
         axes.scatter(*points[~on_front][:, [0, place]].T, s=26, color=theme.muted, alpha=0.6, linewidths=0)
         front = points[on_front][:, [0, place]]
         if panels == 1 and measures[0].direction:
@@ -118,6 +70,8 @@ def pareto_figure(
             axes.plot(steps_x, steps_y, drawstyle=steps, color=theme.accent, lw=1, alpha=0.5)
         axes.scatter(*front.T, s=46, color=theme.accent, edgecolors=theme.paper, linewidths=0.8, zorder=3)
         axes.margins(0.09)
+        if measures[0].name == "trial":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     labels = [str(trial) for trial, kept in zip(trials, on_front, strict=True) if kept]
@@ -171,16 +125,18 @@ def heatmap_figure(
     np.add.at(sums, (row, column), values)
     np.add.at(counts, (row, column), 1)
     means = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
-    figure = _new_figure(max(6.4, 2.4 + 0.68 * shape[1]), max(2.8, 1.5 + 0.36 * shape[0]), theme)
+    figure = new_figure(max(7.0, 2.4 + 0.8 * shape[1]), max(2.8, 1.5 + 0.36 * shape[0]), theme)
     axes = figure.subplots()
-    _style(axes, theme, x=measures[0].label, y=measures[1].label)
+    style(axes, theme, x=measures[0].label, y=measures[1].label)
     axes.grid(visible=False)
+    axes.set_facecolor(theme.faint)
     norm, colours = _colours(means, theme)
-    axes.imshow(means, cmap=colours, norm=norm, aspect="auto", origin="lower")
+    edges = [np.arange(size + 1) - 0.5 for size in shape]
+    axes.pcolormesh(edges[1], edges[0], means, cmap=colours, norm=norm, edgecolors=theme.paper, linewidth=1.5)
     axes.set_xticks(range(shape[1]), column_labels)
     axes.set_yticks(range(shape[0]), row_labels)
     _print_cells(axes, means, norm, colours)
-    _colour_bar(figure, axes, ScalarMappable(norm, colours), measures[2].label, theme)
+    colour_bar(figure, axes, ScalarMappable(norm, colours), measures[2].label, theme)
     return figure
 
 
@@ -188,10 +144,16 @@ def _cells(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:
     """Which cell each value falls into, and the cells' labels."""
     distinct = np.unique(values)
     if len(distinct) <= most:
-        return np.searchsorted(distinct, values), [f"{value:g}" for value in distinct]
-    edges = np.linspace(distinct[0], distinct[-1], BINS + 1)
-    labels = [f"{low:.3g} to\n{high:.3g}" for low, high in pairwise(edges)]
+        return np.searchsorted(distinct, values), [_signed(f"{value:g}") for value in distinct]
+    space = np.geomspace if _spans_decades(values) else np.linspace
+    edges = space(distinct[0], distinct[-1], BINS + 1)
+    labels = [_signed(f"{low:.3g} to\n{high:.3g}") for low, high in pairwise(edges)]
     return np.clip(np.digitize(values, edges) - 1, 0, BINS - 1), labels
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether a logarithmic scale suits them."""
+    return bool(values.min() > 0 and values.max() > 50 * values.min())
 
 
 def _colours(values: np.ndarray, theme: Theme) -> tuple[Normalize, Colormap]:
@@ -204,20 +166,29 @@ def _colours(values: np.ndarray, theme: Theme) -> tuple[Normalize, Colormap]:
 
 def _print_cells(axes: Axes, values: np.ndarray, norm: Normalize, colours: Colormap) -> None:
     digits = 2 if np.nanmax(np.abs(values)) < 100 else 0
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = colours(norm(value))
             ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-            text = f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8.5)
+            axes.text(column, row, _signed(f"{value:.{digits}f}"), color=ink, **look)
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def curves_figure(
-    x: np.ndarray, lines: np.ndarray | None, panels: Sequence[Panel], measures: tuple[Measure, Measure | None], theme: Theme
+    x: np.ndarray,
+    lines: np.ndarray | None,
+    panels: Sequence[Panel],
+    measures: tuple[Measure, Measure | None],
+    theme: Theme,
 ) -> Figure:
     """Metrics below one another over the same parameter, one line for each value of another parameter.
 
     Points are means of the trials that share both parameters; a point of one trial shows its interval.
+    Where the common parameter takes many values, as a sampler chooses them, points are not joined.
 
     Args:
         x: Parameter on the common axis, shape (trials,).
@@ -227,25 +198,29 @@ def curves_figure(
         theme: Colours.
     """
     row, names = _cells(np.zeros(len(x)) if lines is None else lines, MOST_ROWS)
-    figure = _new_figure(8.2, 0.9 + 2.5 * len(panels), theme)
+    figure = new_figure(8.8, 0.9 + 2.5 * len(panels), theme)
     grid = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
     low, high = theme.range
     scale = matplotlib.colormaps[theme.sequential]
     colours = scale(np.linspace(low, high, len(names)))
     for axes, panel in zip(grid, panels, strict=True):
-        _style(axes, theme, x=measures[0].label if axes is grid[-1] else "", y=panel.measure.label)
+        style(axes, theme, x=measures[0].label if axes is grid[-1] else "", y=panel.measure.label)
         axes.margins(0.03, 0.1)
+        if _spans_decades(x):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         # Highest line first, so that the legend reads as the heat-map does.
         for index, name in reversed(list(enumerate(names))):
             points = np.array(list(_means(x, panel, row == index))).reshape(-1, 4)
             axes.errorbar(
                 points[:, 0],
                 points[:, 1],
-                yerr=points[:, 2:].T,
+                yerr=points[:, 2:].T if points[:, 2:].any() else None,
                 color=colours[index],
                 marker=_MARKERS[index % len(_MARKERS)] if len(names) <= _MOST_IN_LEGEND else "o",
                 ms=4.5,
                 lw=1.5,
+                ls="-" if len(np.unique(x)) <= MOST_COLUMNS else "",
                 elinewidth=0.9,
                 capsize=2.5,
                 label=name,
@@ -258,7 +233,7 @@ def curves_figure(
     elif line is not None and lines is not None:
         norm = Normalize(float(lines.min()), float(lines.max()))
         shown = ListedColormap(scale(np.linspace(low, high, 256)))
-        _colour_bar(figure, grid, ScalarMappable(norm, shown), line.label, theme)
+        colour_bar(figure, grid, ScalarMappable(norm, shown), line.label, theme)
     figure.align_ylabels(grid)
     return figure
 
@@ -272,22 +247,6 @@ def _means(x: np.ndarray, panel: Panel, chosen: np.ndarray) -> Iterator[tuple[fl
         reach = [mean - float(panel.low[here][0]), float(panel.high[here][0]) - mean]
         below, above = np.nan_to_num(np.maximum(reach, 0)) if here.sum() == 1 else (0.0, 0.0)
         yield float(position), mean, float(below), float(above)
-
-
-def _new_figure(width: float, height: float, theme: Theme) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=theme.paper)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(axes: Axes, theme: Theme, *, x: str, y: str) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.set_axisbelow(True)
-    axes.grid(color=theme.faint, lw=0.7)
-    axes.tick_params(colors=theme.ink, labelsize=9, length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(x, color=theme.ink, fontsize=10)
-    axes.set_ylabel(y, color=theme.ink, fontsize=10)
 
 
 def _legend(figure: Figure, grid: Sequence[Axes], title: str, theme: Theme) -> None:
@@ -304,12 +263,3 @@ def _legend(figure: Figure, grid: Sequence[Axes], title: str, theme: Theme) -> N
         fontsize=9,
     )
     legend.get_title().set_color(theme.ink)
-
-
-def _colour_bar(
-    figure: Figure, axes: Axes | Sequence[Axes], mappable: ScalarMappable, label: str, theme: Theme
-) -> None:
-    bar = figure.colorbar(mappable, ax=axes, pad=0.02, fraction=0.05)
-    bar.set_label(label, color=theme.ink, fontsize=9)
-    bar.ax.tick_params(colors=theme.ink, labelsize=8, length=0)
-    bar.outline.set_visible(False)

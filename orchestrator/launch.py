@@ -10,8 +10,8 @@ from rich.console import Console
 from jobs.errors import SpecError
 from orchestrator.config import RunConfig, make_config
 from orchestrator.folder import claim, driving
-from orchestrator.progress import ConsoleProgress, Tally
-from orchestrator.ray_pool import RayPool
+from orchestrator.progress import ConsoleProgress
+from orchestrator.ray_pool import RayPool, check_address
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, check_space, grid_size, load_space
@@ -19,6 +19,7 @@ from orchestrator.sweep import Sweep
 from search_spaces.base import Space
 from storage.mlflow_log import BackgroundMirror
 from storage.pareto import pareto
+from storage.query import Sweep as StoredSweep
 from storage.query import open_sweep
 
 def run_sweep(file: SpaceFile, folder: Path, config: RunConfig, *, address: str | None, console: Console) -> dict[str, Any]:
@@ -33,37 +34,40 @@ def run_sweep(file: SpaceFile, folder: Path, config: RunConfig, *, address: str 
     started = time.monotonic()
     check_space(file.space, config.model_ref)
     trials = planned_trials(file.space, config)
+    if address is not None:
+        check_address(address)
     folder = folder.resolve()
-    identity = claim(folder, file, config)
+    claim(folder, file, config)
     with driving(folder):
-        tally = _drive(file.space, folder, config, identity, trials, address, console)
-    found = pareto(open_sweep(folder))
+        sweep = open_sweep(folder)
+        if sum(_ended(sweep).values()) < trials:
+            _drive(file.space, sweep, config, trials, address, console)
+    ended = _ended(sweep)
     return {
-        "sweep": identity["sweep"],
+        "sweep": sweep.identity["sweep"],
         "trials": trials,
-        "completed": tally.completed,
-        "infeasible": tally.infeasible,
-        "failed": tally.failed,
+        **{state: ended.get(state, 0) for state in ("completed", "infeasible", "failed")},
         "seconds": round(time.monotonic() - started, 1),
-        "pareto": found,
+        "pareto": pareto(sweep),
     }
 
 
+def _ended(sweep: StoredSweep) -> dict[str, int]:
+    """State -> number of trials that have ended in it."""
+    counted = sweep.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
+    return {row["state"]: row["trials"] for row in counted if row["state"] not in ("waiting", "running")}
+
+
 def _drive(
-    space: Space,
-    folder: Path,
-    config: RunConfig,
-    identity: dict[str, Any],
-    trials: int,
-    address: str | None,
-    console: Console,
-) -> Tally:
+    space: Space, stored: StoredSweep, config: RunConfig, trials: int, address: str | None, console: Console
+) -> None:
+    folder = stored.folder
     sampler = OptunaSampler(
         space,
         name=config.sampler or space.sampler,
         seed=config.seed,
         journal=folder / "optuna.journal",
-        study=identity["sweep"],
+        study=stored.identity["sweep"],
     )
     pool = RayPool(folder, config, address=address)
     mirror = BackgroundMirror(folder)
@@ -79,12 +83,11 @@ def _drive(
                 progress=progress,
                 on_result=mirror.notify,
             )
-            tally = sweep.run()
+            sweep.run()
     finally:
         pool.close()
     report = write_report(folder)
     mirror.close([report, *sorted(report.parent.glob("*.png"))], timeout_seconds=120)
-    return tally
 
 
 def planned_trials(space: Space, config: RunConfig) -> int:

@@ -152,14 +152,15 @@ def _connect(address: str | None, config: RunConfig) -> None:
             **common,
         )
         return
-    _check_answers(address)
+    check_address(address)
     try:
         ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SteersweepError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
 
 
-def _check_answers(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raises SteersweepError if nothing listens at a cluster's address."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

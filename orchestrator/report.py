@@ -4,25 +4,23 @@ Reads what is stored, at any state of the sweep; decides nothing.
 """
 
 import base64
-import hashlib
-import json
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from orchestrator import figures
-from orchestrator.figures import DARK, LIGHT, Figure, Measure, Panel, Theme
+from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
+from orchestrator.figures import Panel
+from orchestrator.page import page_template
 from storage.durable import publish
 from storage.pareto import pareto, scored_trials
 from storage.query import Sweep, open_sweep
 
 SHOWN_OF_FRONT = 6
+_CSS_PIXELS_AN_INCH = 96
 UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
 """Units of the parameters that mean the same in every job."""
 
@@ -30,20 +28,14 @@ Record = dict[str, Any]
 Paint = Callable[[Theme], Figure]
 
 
-class Value(NamedTuple):
-    """A metric's value and the ends of its interval, each None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
 class Image(NamedTuple):
-    """A figure in both colour schemes as data URIs, and what it says to those who cannot see it."""
+    """A figure in both colour schemes as data URIs, what it says in words, and its size on the page."""
 
     light: str
     dark: str
     alt: str
+    width: int
+    height: int
 
 
 class Comparison(NamedTuple):
@@ -66,8 +58,8 @@ class Findings(NamedTuple):
     Attributes:
         identity: What `sweep.json` says.
         trials: Rows of the table `trials`, by number.
-        scored: Completed trials with their metrics, by number.
-        front: Those of the Pareto front, one for each result; `also` lists trials that share it.
+        scored: Completed trials with their metrics, by number; a shared result stands at each of its trials.
+        front: Those of the Pareto front, one for each result, best first objective first.
         measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
         unsteered: Split -> metric -> value of the unsteered model.
     """
@@ -94,8 +86,7 @@ def write_report(folder: Path) -> Path:
     found = _read(sweep)
     target = folder / "report"
     drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in _figures(found).items()}
-    template = _environment().get_template("report.html.j2")
-    page = template.render(
+    page = page_template().render(
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
         images=drawn,
@@ -111,12 +102,14 @@ def write_report(folder: Path) -> Path:
 
 def _read(sweep: Sweep) -> Findings:
     trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
-    scored = {row["trial"]: row for row in scored_trials(sweep)}
-    front: dict[str, Record] = {}
-    for row in pareto(sweep):
-        kept = front.setdefault(trials[row["trial"]]["spec"], {**scored[row["trial"]], "also": []})
-        if kept["trial"] != row["trial"]:
-            kept["also"].append(row["trial"])
+    results = {row["trial"]: row for row in scored_trials(sweep)}
+    scored = {}
+    for number, row in trials.items():
+        if found := results.get(row["reused_from"] if row["reused_from"] is not None else number):
+            own = {name: row[name] for name in found["params"]}
+            scored[number] = {**found, "trial": number, "params": own}
+    # A running sweep may have gone on since the trials were read.
+    front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
     unsteered: dict[str, dict[str, float]] = {}
     for row in sweep.rows(
         "SELECT split, name, min(value) AS value FROM metrics WHERE trial IS NULL "
@@ -125,8 +118,7 @@ def _read(sweep: Sweep) -> Findings:
         "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
     ):
         unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
-    identity = sweep.identity
-    return Findings(identity, trials, scored, list(front.values()), _measures(identity), unsteered)
+    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered)
 
 
 def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:
@@ -164,8 +156,8 @@ def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
     drawn: dict[str, tuple[str, Paint]] = {}
     scored = found.scored.values()
     # Trials that share a result would only be printed over one another.
-    results = {found.trials[row["trial"]]["spec"]: row for row in reversed(scored)}.values()
-    if rows := [row for row in results if all(row["select"].get(name) is not None for name, *_ in objectives)]:
+    rows = [row for row in scored if found.trials[row["trial"]]["reused_from"] is None]
+    if rows := [row for row in rows if not np.isnan([_column([row], m.name) for m in objectives]).any()]:
         drawn["pareto"] = _pareto(found, rows, objectives)
     x, y = _axes(found)
     needed = [name for name in (x, y) if name]
@@ -228,9 +220,11 @@ def _parameter(name: str) -> Measure:
 
 def _draw(path: Path, alt: str, paint: Paint) -> Image:
     """Publish the light figure and return both."""
-    light, dark = (figures.to_png(paint(theme)) for theme in (LIGHT, DARK))
+    figure = paint(LIGHT)
+    light, dark = to_png(figure), to_png(paint(DARK))
     publish(path, light)
-    return Image(_data_uri(light), _data_uri(dark), alt)
+    width, height = (round(inches * _CSS_PIXELS_AN_INCH) for inches in figure.get_size_inches())
+    return Image(_data_uri(light), _data_uri(dark), alt, width, height)
 
 
 def _data_uri(png: bytes) -> str:
@@ -240,11 +234,11 @@ def _data_uri(png: bytes) -> str:
 def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
-    replies = sweep.rows("SELECT * FROM completions WHERE trial IS NOT NULL ORDER BY trial, split DESC, item")
+    replies = _replies(sweep, list(chosen))
     unsteered = sweep.rows("SELECT * FROM completions WHERE trial IS NULL")
     if not unsteered:
-        idle = {number for number, row in found.scored.items() if row["params"].get("dose") == 0}
-        unsteered = [row for row in replies if row["trial"] in idle]
+        idle = [number for number, row in found.scored.items() if row["params"].get("dose") == 0]
+        unsteered = _replies(sweep, idle)
     before = {(row["split"], row["prompt"]): row for row in unsteered}
     comparisons = [
         Comparison(
@@ -257,22 +251,29 @@ def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
     return [comparison for comparison in comparisons if comparison.replies]
 
 
+def _replies(sweep: Sweep, trials: Sequence[int]) -> list[Record]:
+    listed = ", ".join(map(str, trials)) or "NULL"
+    return sweep.rows(f"SELECT * FROM completions WHERE trial IN ({listed}) ORDER BY trial, split DESC, item")
+
+
 def _worth_reading(found: Findings) -> dict[int, str]:
     """Trial -> why its replies are shown; a dose of 0 says nothing new."""
     moved = [row for row in found.front if row["params"].get("dose") != 0]
     places = np.linspace(0, len(moved) - 1, min(SHOWN_OF_FRONT, len(moved))).round().astype(int)
     chosen = {moved[place]["trial"]: "on the front" for place in places}
-    if not moved or "dose" not in found.identity["parameters"]:
+    if not moved:
         return chosen
     # Front rows stand best first, and Counter keeps that order among equals.
     [(layer, _)] = Counter(row["params"].get("layer") for row in moved).most_common(1)
+    where = "" if layer is None else f" at layer {layer}, which has most trials on the front"
     there = [row for row in found.scored.values() if row["params"].get("layer") == layer]
-    rows = sorted((row for row in there if row["params"]["dose"]), key=lambda row: row["params"]["dose"])
-    for row, sign in ((rows[-1], "positive"), (rows[0], "negative")):
-        if (row["params"]["dose"] > 0) == (sign == "positive"):
-            where = "" if layer is None else f" at layer {layer}, the layer with most trials on the front"
-            told = f"{chosen[row['trial']]}; " if row["trial"] in chosen else ""
-            chosen[row["trial"]] = f"{told}strongest {sign} dose{where}"
+    doses = [(row["params"].get("dose"), row["trial"]) for row in there]
+    doses = [(dose, trial) for dose, trial in doses if _is_number(dose)]
+    strongest = {"positive": max(doses, default=(0, 0)), "negative": min(doses, default=(0, 0))}
+    for sign, (dose, trial) in strongest.items():
+        if dose and (dose > 0) == (sign == "positive"):
+            told = f"{chosen[trial]}; " if trial in chosen else ""
+            chosen[trial] = f"{told}strongest {sign} dose{where}"
     return chosen
 
 
@@ -281,45 +282,3 @@ def _failed_attempts(sweep: Sweep) -> list[Record]:
         "SELECT state, job, reason, count(*) AS times, list(DISTINCT trial ORDER BY trial) AS trials "
         "FROM attempts WHERE state <> 'ok' GROUP BY ALL ORDER BY times DESC, job, state, reason"
     )
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "value": lambda metrics, name: Value(*(metrics.get(name + end) for end in ("", "_low", "_high"))),
-        "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
-        "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
-    }
-    return environment
-
-
-def _number(value: float | None) -> str:
-    """Three decimals; fewer for large numbers, powers of ten for tiny ones, a dash for none."""
-    if value is None:
-        return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _visible(value: Any) -> Any:
-    """Text with control, format and unpaired surrogate characters spelled out; emoji need their joiners."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(_spelled(character) for character in value)
-
-
-def _spelled(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not hidden or character in "\n\t\u200c\u200d":
-        return character
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"

@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,11 +105,19 @@ def check_space(space: Space, model: ModelRef) -> None:
             raise SpecError(
                 f"objective {objective.metric!r} is no metric of {space.job}; it has {sorted(job.METRICS)}{hint}"
             )
+    first = {name: _extremes(domain)[0] for name, domain in space.parameters.items()}
     for name, domain in space.parameters.items():
         for value in _extremes(domain):
-            others = {other: _extremes(space.parameters[other])[0] for other in space.parameters if other != name}
-            make_params(space.job, {**space.fixed, **others, name: value})
+            make_params(space.job, {**space.fixed, **first, name: value})
+    for values in _combinations(space, job.DATA):
+        job.check(make_params(space.job, {**space.fixed, **first, **values}))
     _check_layers(space, model)
+
+
+def _combinations(space: Space, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    varied = [name for name in names if name in space.parameters]
+    for values in itertools.product(*(_extremes(space.parameters[name]) for name in varied)):
+        yield dict(zip(varied, values, strict=True))
 
 
 def _extremes(domain: Domain) -> list[Any]:

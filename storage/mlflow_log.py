@@ -3,6 +3,7 @@
 The tables stay the record: the mirror is written from them, and can be deleted and written again.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -45,7 +46,8 @@ _ENVIRONMENT = {
 """Settings that MLflow takes from the environment alone; what the user has set stays."""
 
 _UNKNOWN_TRIALS = """
-SELECT trials.trial, spec, state, reason, reused_from, finished, params, tries.*, coalesce(metrics, []) AS metrics
+SELECT trials.trial, spec, state, reason, reused_from, finished, params,
+    tries.*, coalesce(metrics, []) AS metrics
 FROM trials
 LEFT JOIN (
     SELECT trial AS tried, count(*) AS attempts, arg_max(worker, started) AS worker, max(started) AS begun,
@@ -56,20 +58,14 @@ LEFT JOIN (
     SELECT trial AS measured, list(struct_pack(split, name, value) ORDER BY name, split DESC) AS metrics
     FROM metrics WHERE value IS NOT NULL GROUP BY trial
 ) ON measured = trials.trial
-WHERE state IN ('completed', 'infeasible', 'failed') AND NOT list_contains(CAST({known} AS BIGINT[]), trials.trial)
+WHERE state IN ('completed', 'infeasible', 'failed')
+    AND NOT list_contains(CAST({known} AS BIGINT[]), trials.trial)
 ORDER BY trials.trial
 """
 
 
 class _Runs(NamedTuple):
-    """What MLflow has of a sweep.
-
-    Attributes:
-        experiment: Id of the experiment.
-        parent: The sweep's run.
-        done: Trials whose run is complete.
-        begun: Trial -> run that was left half-written.
-    """
+    """What MLflow has of a sweep: trials whose run is complete, and by trial the runs left half-written."""
 
     experiment: str
     parent: "Run"
@@ -98,8 +94,11 @@ class Mirror:
         self._uri = uri or tracking_uri(folder)
         self._runs: _Runs | None = None
 
-    def sync(self) -> int:
+    def sync(self, is_stopped: Callable[[], bool] = lambda: False) -> int:
         """Log the finished trials that MLflow does not have; returns how many.
+
+        Args:
+            is_stopped: Asked before each trial; once it says True, the rest is left to the next call.
 
         Raises:
             Exception: Whatever MLflow raises; the next call goes on where this one ended.
@@ -108,16 +107,17 @@ class Mirror:
         runs = self._runs or self._find_runs(client, sweep)
         # A call that fails may have reached the server: after a failure the runs are looked up again.
         self._runs = None
+        known = len(runs.done)
         trials = sweep.rows(_UNKNOWN_TRIALS.format(known=sorted(runs.done)))
         if trials and runs.parent.info.status != "RUNNING":
             client.update_run(runs.parent.info.run_id, status="RUNNING")
-        for trial in trials:
+        for trial in itertools.takewhile(lambda _: not is_stopped(), trials):
             _log_trial(client, sweep, runs, trial)
             runs.done.add(trial["trial"])
         if trials:
             _log_summary(client, sweep, runs.parent)
         self._runs = runs
-        return len(trials)
+        return len(runs.done) - known
 
     def finish(self, artifacts: Sequence[Path] = ()) -> None:
         """Bring the parent run up to date, add files to it and end it.
@@ -140,7 +140,7 @@ class Mirror:
         begun = {trial: run for trial, run in children.items() if run.info.status == "RUNNING"}
         parents = [run for run in found if _TRIAL_TAG not in run.data.tags]
         parent = parents[0] if parents else _create_parent(client, experiment, sweep)
-        _log(client, parent, params=_sweep_params(sweep.identity))
+        _log(client, parent, _sweep_params(sweep.identity), {})
         return _Runs(experiment, parent, set(children) - set(begun), begun)
 
     def _find_experiment(self, client: "MlflowClient", name: str) -> str:
@@ -160,17 +160,13 @@ class Mirror:
 
 
 class BackgroundMirror:
-    """A `Mirror` in a thread of its own; what goes wrong there is one warning.
-
-    Args:
-        folder: The sweep's folder.
-        uri: MLflow store or server; None for the store in the folder.
-    """
+    """A `Mirror` in a thread of its own; whatever goes wrong there is one warning."""
 
     def __init__(self, folder: Path, uri: str | None = None) -> None:
         self._mirror = Mirror(folder, uri)
         self._wanted = threading.Event()
         self._closing = threading.Event()
+        self._stopped = threading.Event()
         self._artifacts: tuple[Path, ...] = ()
         self._warned = False
         self._complete = False
@@ -186,12 +182,16 @@ class BackgroundMirror:
 
         Returns:
             Whether MLflow has everything. False after a failure, which was logged, or when the time
-            is up; a later `Mirror` writes what is missing.
+            is up, give or take one run; a later `Mirror` writes what is missing.
         """
         self._artifacts = tuple(artifacts)
         self._closing.set()
         self._wanted.set()
         self._thread.join(timeout_seconds)
+        # A thread that is still alive when the interpreter ends keeps duckdb loaded, which then prints
+        # page-long complaints.
+        self._stopped.set()
+        self._thread.join(2.0)
         return self._complete
 
     def _work(self) -> None:
@@ -201,15 +201,20 @@ class BackgroundMirror:
             if self._closing.is_set():
                 break
             started = time.monotonic()
-            succeeded = self._try(self._mirror.sync)
+            succeeded = self._try(self._sync)
             # The driver needs the interpreter too, so the thread rests longer than it works.
             rest_seconds = max(1.0, 2 * (time.monotonic() - started)) if succeeded else 60.0
             self._closing.wait(rest_seconds)
-        self._complete = self._try(self._finish)
+        self._try(self._finish)
+
+    def _sync(self) -> None:
+        self._mirror.sync(self._stopped.is_set)
 
     def _finish(self) -> None:
-        self._mirror.sync()
-        self._mirror.finish(self._artifacts)
+        self._sync()
+        if not self._stopped.is_set():
+            self._mirror.finish(self._artifacts)
+            self._complete = True
 
     def _try(self, act: Callable[[], object]) -> bool:
         try:
@@ -235,7 +240,8 @@ def serve_ui(folder: Path, port: int) -> int:
     if not (folder / "mlflow.db").is_file():
         raise SpecError(f"{folder} has no mlflow.db; give the folder of a sweep that was mirrored to MLflow")
     _check_port(port)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(folder)]
+    command = [sys.executable, "-m", "mlflow", "ui"]
+    command += ["--backend-store-uri", tracking_uri(folder), "--registry-store-uri", tracking_uri(folder)]
     command += ["--artifacts-destination", (folder.resolve() / "mlartifacts").as_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with subprocess.Popen(command, env={**_ENVIRONMENT, **os.environ}) as server:
@@ -302,7 +308,7 @@ def _log_summary(client: "MlflowClient", sweep: Sweep, parent: "Run") -> float:
     ended = {state: numbers.get(state, 0) for state in ("completed", "failed", "infeasible")}
     finished: float = max((row["finished"] for row in rows if row["finished"]), default=time.time())
     metrics = {"trials": sum(numbers.values()), **ended}
-    _log(client, parent, metrics=metrics, seconds=finished, step=sum(ended.values()))
+    _log(client, parent, {}, metrics, seconds=finished, step=sum(ended.values()))
     client.set_tag(parent.info.run_id, "mlflow.note.content", _note(sweep))
     return finished
 
@@ -324,7 +330,7 @@ def _log_trial(client: "MlflowClient", sweep: Sweep, runs: _Runs, trial: Mapping
         run_name=_run_name(trial["trial"], params),
     )
     objectives = [objective["metric"] for objective in sweep.identity["objectives"]]
-    _log(client, run, params=params, metrics=_metric_values(trial["metrics"], objectives), seconds=finished)
+    _log(client, run, params, _metric_values(trial["metrics"], objectives), seconds=finished)
     status = "FAILED" if trial["state"] == "failed" else "FINISHED"
     client.set_terminated(run.info.run_id, status, _milliseconds(finished))
 
@@ -344,21 +350,21 @@ def _metric_values(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str])
 def _log(
     client: "MlflowClient",
     run: "Run",
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
     *,
-    params: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
     seconds: float = 0,
     step: int = 0,
 ) -> None:
-    """Log values of a run, parameters that it already has left out: MLflow lets none change."""
+    """Log values of a run, but for parameters that it already has: MLflow lets none change."""
     from mlflow.entities import Metric, Param
 
-    texts = [(_key(name), text) for name, text in _texts(params or {}).items()][:_MAX_PARAMS]
-    milliseconds = _milliseconds(seconds)
+    texts = [(_key(name), text) for name, text in _texts(params).items()][:_MAX_PARAMS]
+    timestamp = _milliseconds(seconds)
     client.log_batch(
         run.info.run_id,
         params=[Param(name, text) for name, text in texts if name not in run.data.params],
-        metrics=[Metric(_key(name), value, milliseconds, step) for name, value in (metrics or {}).items()],
+        metrics=[Metric(_key(name), value, timestamp, step) for name, value in metrics.items()],
         synchronous=True,
     )
 

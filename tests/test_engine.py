@@ -205,7 +205,7 @@ class TestSteering:
             logits = replica.logits(PROMPTS, keep=1)
         torch.testing.assert_close(logits, built_in.logits(PROMPTS, keep=1), atol=1e-9, rtol=0)
         expected = [generated(built_in.model, prompt, 6) for prompt in PROMPTS]
-        assert greedy(replica, PROMPTS, deltas, max_new_tokens=6) == expected
+        assert greedy(replica, PROMPTS, deltas, max_new_tokens=6).tokens == expected
 
     def test_no_hook_outlives_a_context_that_ends_in_an_error(self, replica: Replica) -> None:
         before = replica.logits(PROMPTS, keep=1)
@@ -237,13 +237,14 @@ class TestSteering:
         prompts = [pack[index][0] for index in order]
         with steered(replica, deltas):
             together = replica.logits(prompts, keep=1)
-        completions = greedy(replica, prompts, deltas, max_new_tokens=4)
+        completions, first_logits = greedy(replica, prompts, deltas, max_new_tokens=4)
+        torch.testing.assert_close(first_logits, together[:, -1], atol=tolerance(replica), rtol=0)
         for place, index in enumerate(order):
             alone = row_tables(replica, [rows[index]]).take([0])
             with steered(replica, alone):
                 logits = replica.logits([pack[index][0]], keep=1)
             torch.testing.assert_close(together[place], logits[0], atol=tolerance(replica), rtol=0)
-            assert [completions[place]] == greedy(replica, [pack[index][0]], alone, max_new_tokens=4)
+            assert [completions[place]] == greedy(replica, [pack[index][0]], alone, max_new_tokens=4).tokens
 
     def test_a_row_of_nan_logits_does_not_poison_its_batch_mates(self, replica: Replica) -> None:
         huge = np.full(HIDDEN, 0.4 * torch.finfo(replica.model.dtype).max)
@@ -251,14 +252,14 @@ class TestSteering:
         deltas = row_tables(replica, rows).take(range(len(rows)))
         with steered(replica, deltas):
             together = replica.logits(PROMPTS, keep=1)
-        completions = greedy(replica, PROMPTS, deltas, max_new_tokens=4)
+        completions = greedy(replica, PROMPTS, deltas, max_new_tokens=4).tokens
         for mate in (0, 2, 4):
             alone = row_tables(replica, [rows[mate]]).take([0])
             with steered(replica, alone):
                 logits = replica.logits([PROMPTS[mate]], keep=1)
             assert logits.isfinite().all()
             torch.testing.assert_close(together[mate], logits[0], atol=tolerance(replica), rtol=0)
-            assert [completions[mate]] == greedy(replica, [PROMPTS[mate]], alone, max_new_tokens=4)
+            assert [completions[mate]] == greedy(replica, [PROMPTS[mate]], alone, max_new_tokens=4).tokens
 
     def test_a_huge_vector_does_give_nan_logits_where_norms_are_float32(self) -> None:
         replica = tiny_replica("llama")
@@ -308,7 +309,7 @@ class TestRowTables:
 class TestGreedy:
     def test_prompts_of_different_length_get_what_transformers_generates_for_each(self, replica: Replica) -> None:
         expected = [generated(replica.model, prompt, 2 * WINDOW) for prompt in PROMPTS]
-        assert greedy(replica, PROMPTS, {}, max_new_tokens=2 * WINDOW) == expected
+        assert greedy(replica, PROMPTS, {}, max_new_tokens=2 * WINDOW).tokens == expected
 
     def test_a_prompt_ends_before_its_first_stop_token_and_leaves_the_batch(self, name: str) -> None:
         model = tiny_model(name)
@@ -318,7 +319,7 @@ class TestGreedy:
         model.generation_config.eos_token_id = sorted(stops)
         replica = Replica(model, tiny_tokenizer())
         with _counted_sequences(replica) as sizes:
-            found = greedy(replica, PROMPTS, {}, max_new_tokens=10)
+            found = greedy(replica, PROMPTS, {}, max_new_tokens=10).tokens
         assert found == expected
         assert found[1] == []
         assert sizes == [sum(len(tokens) >= step for tokens in expected) for step in range(len(sizes))]
@@ -330,21 +331,22 @@ class TestGreedy:
         model.generation_config.eos_token_id = list(range(model.config.vocab_size))
         replica = Replica(model, tiny_tokenizer())
         with _counted_sequences(replica) as sizes:
-            assert greedy(replica, PROMPTS, {}, max_new_tokens=10) == [[]] * len(PROMPTS)
+            assert greedy(replica, PROMPTS, {}, max_new_tokens=10).tokens == [[]] * len(PROMPTS)
         assert sizes == [len(PROMPTS)]
 
     def test_deltas_follow_their_prompts_when_others_leave(self) -> None:
         model = tiny_model("llama")
-        endless = greedy(Replica(model, tiny_tokenizer()), PROMPTS, {}, max_new_tokens=2)
+        endless = greedy(Replica(model, tiny_tokenizer()), PROMPTS, {}, max_new_tokens=2).tokens
         model.generation_config.eos_token_id = [endless[0][0], endless[2][1]]
         replica = Replica(model, tiny_tokenizer())
         rows = [[Addition(layer=1, vector=place * direction(place))] for place in range(len(PROMPTS))]
         tables = row_tables(replica, rows)
-        together = greedy(replica, PROMPTS, tables.take(range(len(PROMPTS))), max_new_tokens=8)
+        together = greedy(replica, PROMPTS, tables.take(range(len(PROMPTS))), max_new_tokens=8).tokens
         assert together[0] == []
         assert len({len(tokens) for tokens in together}) > 1
         assert together == [
-            greedy(replica, [prompt], tables.take([place]), max_new_tokens=8)[0] for place, prompt in enumerate(PROMPTS)
+            greedy(replica, [prompt], tables.take([place]), max_new_tokens=8).tokens[0]
+            for place, prompt in enumerate(PROMPTS)
         ]
 
 

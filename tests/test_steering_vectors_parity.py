@@ -1,6 +1,7 @@
 """Greedy completions of the real small model equal those of the package steering_vectors, token for token."""
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from tests.models import Artifacts
 pytestmark = pytest.mark.slow
 
 LAYERS = (8, 15, 22)
-MULTIPLIERS = (-4.0, 4.0, 12.0)
+MULTIPLIERS = (-40.0, 15.0, 50.0)
 QUESTIONS = (
     "How was your day?",
     "What do you think of Mondays, and why do people talk about them so much?",
@@ -25,7 +26,7 @@ QUESTIONS = (
 )
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3
-"""Gap of the lone run's two largest logits below which float32 may decide either way (docs: part 4)."""
+"""Gap of the lone run's two largest logits below which float32 may decide either way."""
 
 
 class PackageRun(NamedTuple):
@@ -58,13 +59,13 @@ def with_the_package(replica: Replica, prompt: list[int], layer: int, vector: Te
 
 
 def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_one(
-    smollm2: Replica, directions: Tensor, record_property: pytest.RecordProperty
+    smollm2: Replica, directions: Tensor, record_property: Callable[[str, object], None]
 ) -> None:
     prompts = [smollm2.encode_chat(question) for question in QUESTIONS]
     work = [(layer, factor, place) for layer in LAYERS for factor in MULTIPLIERS for place in range(len(prompts))]
     rows = [[Addition(layer=layer, vector=(factor * directions[layer]).numpy())] for layer, factor, _ in work]
     deltas = row_tables(smollm2, rows).take(range(len(rows)))
-    ours = greedy(smollm2, [prompts[place] for _, _, place in work], deltas, max_new_tokens=NEW_TOKENS)
+    ours = greedy(smollm2, [prompts[place] for _, _, place in work], deltas, max_new_tokens=NEW_TOKENS).tokens
     near_ties = 0
     for (layer, factor, place), mine in zip(work, ours, strict=True):
         theirs = with_the_package(smollm2, prompts[place], layer, directions[layer], factor)
@@ -81,6 +82,6 @@ def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_
     record_property("differing_at_a_near_tie", near_ties)
     if near_ties:
         warnings.warn(f"{near_ties} of {len(work)} completions differ after a near tie", stacklevel=1)
-    unsteered = greedy(smollm2, prompts, {}, max_new_tokens=NEW_TOKENS)
+    unsteered = greedy(smollm2, prompts, {}, max_new_tokens=NEW_TOKENS).tokens
     changed = sum(mine != unsteered[place] for (_, _, place), mine in zip(work, ours, strict=True))
     assert changed > len(work) / 2, "the vectors are too weak for this test to mean anything"

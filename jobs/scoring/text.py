@@ -15,10 +15,33 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+_LETTER = re.compile(r"(?<!\w)(B(?![\w'’-])|A(?=[^\w\s'’-]|\s*$|\s*\n))")
+_WORD = re.compile(r"(?<!\w)(true|false)(?!\w)", re.IGNORECASE)
+
+
 def parse_letter(text: str) -> str | None:
     """The answer letter of a reply, A or B: the first that stands alone; None if there is none.
 
-    The article "A" counts only where it is the whole reply or is followed by punctuation or a line end.
+    The article "A" counts only where it is followed by punctuation or the end of a line or reply.
     """
-    found = re.search(r"(?<!\w)(B(?![\w'’-])|A(?=[^\w\s'’-]|\s*$|\s*\n))", text)
+    found = _LETTER.search(text)
     return found.group(1) if found else None
+
+
+def parse_judgement(text: str, true_letter: str) -> bool | None:
+    """Whether a reply calls the claim true: its first answer letter or word "true" or "false", whichever is earlier.
+
+    Args:
+        text: The reply.
+        true_letter: The letter, A or B, that stands for "true".
+
+    Returns:
+        None if the reply has neither a letter nor a word.
+    """
+    letter, word = _LETTER.search(text), _WORD.search(text)
+    if letter is None and word is None:
+        return None
+    if word is None or (letter is not None and letter.start() < word.start()):
+        assert letter is not None
+        return letter.group(1) == true_letter
+    return word.group(1).lower() == "true"

@@ -1,0 +1,129 @@
+"""Fakes that obey the contracts of pool and progress, without Ray and without a model."""
+
+import random
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.spec import ModelRef
+from orchestrator.pool import Event, Order, Report
+from orchestrator.progress import Tally
+from orchestrator.worker import Worker
+from tests.fake_job import Died
+
+MODEL = ModelRef(id="no-model")
+
+
+class Stopped(Exception):
+    """What a pool raises that was told to stop its driver."""
+
+
+def load_nothing(ref: ModelRef, *, device: str, token_budget: int) -> Any:
+    """A replica for jobs that need none."""
+    return None
+
+
+class InlinePool:
+    """`orchestrator.pool.Pool` with real workers in this process, one step of one order per `events`.
+
+    Which worker goes on is drawn from a seed. A job that raises `Died` loses its worker.
+
+    Args:
+        folder: The sweep's folder.
+        workers: How many.
+        losses: Number of an order, from 1 -> when its worker is lost: `before` its first report is
+            heard (its files are written already) or `after`.
+        stop_at: Number of the call of `events`, from 1, that raises `Stopped`; None = never.
+        seed: Order of events.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 2,
+        losses: Mapping[int, Literal["before", "after"]] | None = None,
+        stop_at: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._folder = folder
+        self._losses = losses or {}
+        self._stop_at = stop_at
+        self._random = random.Random(seed)
+        self._names = (f"worker-{number}" for number in count())
+        self._idle: dict[str, Worker] = {}
+        self._busy: dict[str, tuple[int, Iterator[Report], Worker]] = {}
+        self._news: list[Event] = []
+        self._empty = 0
+        self.orders: list[Order] = []
+        self.calls = 0
+        self.closed = False
+        for _ in range(workers):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        name = next(self._names)
+        self._idle[name] = Worker(self._folder, MODEL, device="cpu", token_budget=1, load=load_nothing)
+        self._news.append(Event(name, "ready"))
+
+    def start(self, worker: str, order: Order) -> None:
+        assert worker in self._idle, f"{worker} was given an order while it was busy, dead or unknown"
+        self.orders.append(order)
+        replica = self._idle.pop(worker)
+        self._busy[worker] = (len(self.orders), replica.run(order), replica)
+
+    def events(self, timeout_seconds: float) -> list[Event]:
+        self.calls += 1
+        if self.calls == self._stop_at:
+            raise Stopped(f"call {self.calls}")
+        if self._news:
+            events, self._news = self._news, []
+        else:
+            events = [self._advance(self._random.choice(sorted(self._busy)))] if self._busy else []
+        self._empty = 0 if events else self._empty + 1
+        assert self._empty < 5, "the sweep waits, but no worker has anything to do"
+        return events
+
+    def _advance(self, worker: str) -> Event:
+        number, reports, replica = self._busy[worker]
+        try:
+            report = next(reports)
+        except StopIteration:
+            del self._busy[worker]
+            self._idle[worker] = replica
+            return Event(worker, "done")
+        except Died as error:
+            return self._lose(worker, str(error))
+        match self._losses.get(number):
+            case "before":
+                return self._lose(worker, f"order {number} took its worker along, before its first report")
+            case "after":
+                reports.close()  # type: ignore[attr-defined]
+                self._busy[worker] = (number, self._dying(number), replica)
+        return Event(worker, "report", report)
+
+    @staticmethod
+    def _dying(number: int) -> Iterator[Report]:
+        raise Died(f"order {number} took its worker along, after its first report")
+        yield
+
+    def _lose(self, worker: str, reason: str) -> Event:
+        del self._busy[worker]
+        self._spawn()
+        return Event(worker, "lost", reason=reason)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class SilentProgress:
+    """`orchestrator.progress.Progress` that remembers the last tally and checks each."""
+
+    def __init__(self) -> None:
+        self.last: Tally | None = None
+
+    def update(self, tally: Tally) -> None:
+        assert 0 <= tally.done <= tally.total
+        assert 0 <= tally.running <= tally.total - tally.done
+        self.last = tally

@@ -1,0 +1,640 @@
+"""The whole loop with real workers, a real study and a job without a model: what is kept, whatever goes wrong."""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from jobs.resolve import make_params
+from orchestrator import worker as worker_module
+from orchestrator.config import RunConfig
+from orchestrator.folder import claim
+from orchestrator.progress import Tally
+from orchestrator.sampler import OptunaSampler
+from orchestrator.space_file import SpaceFile
+from orchestrator.sweep import Sweep
+from search_spaces.base import Float, Grid, Int, Objective, Space
+from storage.ledger import read_asked
+from storage.pareto import pareto
+from storage.query import open_sweep
+from storage.store import Store
+from tests import fake_job, fake_source
+from tests.fakes import InlinePool, SilentProgress, Stopped
+
+OBJECTIVES = (Objective(metric="total", direction="maximize"), Objective(metric="square", direction="minimize"))
+NUMBERS = {"x": Grid([1, 2, 3, 4, 5, 6]), "group": Grid(["a", "b"])}
+
+
+def make_space(parameters: Mapping[str, Any] = NUMBERS, **changes: Any) -> Space:
+    values: dict[str, Any] = {
+        "description": "numbers",
+        "job": "tests.fake_job",
+        "parameters": parameters,
+        "objectives": OBJECTIVES,
+        "sampler": "grid",
+        **changes,
+    }
+    return Space(**values)
+
+
+class Driven(NamedTuple):
+    tally: Tally
+    pool: InlinePool
+
+
+def prepare(folder: Path, space: Space, *, workers: int = 2, max_pack: int = 4, seed: int = 0) -> RunConfig:
+    config = RunConfig(model="no-model", workers=workers, max_pack=max_pack, seed=seed)
+    if not (folder / "sweep.json").exists():
+        claim(folder, SpaceFile(space, "fake", "SPACE = ..."), config)
+    return config
+
+
+def drive(
+    folder: Path,
+    space: Space,
+    *,
+    trials: int,
+    workers: int = 2,
+    max_pack: int = 4,
+    sampler: str | None = None,
+    on_result: Callable[[], None] = lambda: None,
+    **pool_options: Any,
+) -> Driven:
+    """What `run_sweep` does, without Ray, mirror and report."""
+    config = prepare(folder, space, workers=workers, max_pack=max_pack)
+    pool = InlinePool(folder, workers=workers, **pool_options)
+    sweep = Sweep(
+        folder,
+        space=space,
+        config=config,
+        trials=trials,
+        sampler=open_sampler(folder, space, sampler),
+        pool=pool,
+        progress=SilentProgress(),
+        on_result=on_result,
+    )
+    return Driven(sweep.run(), pool)
+
+
+def open_sampler(folder: Path, space: Space, name: str | None = None) -> OptunaSampler:
+    return OptunaSampler(space, name=name or space.sampler, seed=0, journal=folder / "optuna.journal", study="study")
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    return open_sweep(folder).rows("SELECT * FROM trials ORDER BY trial")
+
+
+def metrics_of(folder: Path) -> dict[tuple[str, str, str], float | None]:
+    """All metrics as the store holds them, by spec, split and name; each stands there once."""
+    rows = Store(folder).rows("metrics")
+    found = {(row["spec"], row["split"], row["name"]): row["value"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def proposed(row: Mapping[str, Any], space: Space) -> fake_job.Params:
+    params: fake_job.Params = make_params(space.job, {**space.fixed, **json.loads(row["params"])})
+    return params
+
+
+def study_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    return optuna.load_study(study_name="study", storage=storage).trials
+
+
+def check_ended(folder: Path, space: Space, *, trials: int) -> None:
+    """What holds of every sweep that has ended, whatever happened on the way."""
+    rows = trials_of(folder)
+    assert [row["trial"] for row in rows] == list(range(trials))
+    assert {row["state"] for row in rows} <= {"completed", "infeasible", "failed"}
+    assert all((row["reason"] is None) == (row["state"] == "completed") for row in rows)
+    metrics = metrics_of(folder)
+    first: dict[str, int] = {}
+    for row in rows:
+        earlier = first.setdefault(row["spec"], row["trial"])
+        assert row["reused_from"] == (None if earlier == row["trial"] else earlier)
+        assert (row["seconds"] is None) == (row["reused_from"] is not None) or row["state"] != "completed"
+        if row["state"] == "completed":
+            for split, values in fake_job.expected(proposed(row, space)).items():
+                for name, value in values.items():
+                    assert metrics[row["spec"], split, name] == value
+    told = {"completed": TrialState.COMPLETE, "infeasible": TrialState.PRUNED, "failed": TrialState.FAIL}
+    study = study_of(folder)
+    assert [trial.state for trial in study] == [told[row["state"]] for row in rows]
+    assert [trial.params for trial in study] == [json.loads(row["params"]) for row in rows]
+    assert all(
+        trial.values == [metrics[row["spec"], "select", objective.metric] for objective in space.objectives]
+        for trial, row in zip(study, rows, strict=True)
+        if row["state"] == "completed"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ran_yet() -> None:
+    fake_job.RAN.clear()
+    fake_source.RAN.clear()
+
+
+@pytest.fixture(params=["a report for each row", "a report for each pack"])
+def reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "a report for each row":
+        monkeypatch.setattr(worker_module, "_FLUSH_SECONDS", -1.0)
+    return str(request.param)
+
+
+@pytest.fixture
+def row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_FLUSH_SECONDS", -1.0)
+
+
+@pytest.mark.usefixtures("reports")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_trial_ends_once_with_the_metrics_of_its_parameters(tmp_path: Path, workers: int) -> None:
+    space = make_space()
+    tally, pool = drive(tmp_path, space, trials=12, workers=workers)
+    assert (tally.completed, tally.infeasible, tally.failed, tally.running) == (12, 0, 0, 0)
+    assert all(row["state"] == "completed" for row in trials_of(tmp_path))
+    check_ended(tmp_path, space, trials=12)
+    assert len(fake_job.RAN) == len(set(fake_job.RAN)) == 12
+    assert sum(len(order.rows) for order in pool.orders) == 12
+    attempts = open_sweep(tmp_path).rows("SELECT * FROM attempts")
+    assert Counter(row["state"] for row in attempts) == {"ok": 12}
+    assert {row["attempt"] for row in attempts} == {order.attempt for order in pool.orders}
+    assert sorted(row["trial"] for row in attempts) == list(range(12))
+
+
+def test_rows_of_a_pack_share_what_the_job_packs_by(tmp_path: Path) -> None:
+    _, pool = drive(tmp_path, make_space({**NUMBERS, "y": Grid([1, 2])}), trials=24, workers=1)
+    assert max(len(order.rows) for order in pool.orders) > 1
+    assert all(len({row.params["group"] for row in order.rows}) == 1 for order in pool.orders)
+    assert max(len(order.rows) for order in pool.orders) <= 4
+
+
+def test_later_proposals_of_a_pack_hold_what_the_job_packs_by_and_the_ledger_says_so(tmp_path: Path) -> None:
+    space = make_space({**NUMBERS, "y": Float(low=0, high=1)}, sampler="random", trials=16)
+    drive(tmp_path, space, trials=16, workers=1)
+    asked = read_asked(tmp_path)
+    free = [trial for trial in asked if not trial.fixed]
+    assert 1 < len(free) < 16
+    for trial in asked:
+        if trial.fixed:
+            leader = max((other for other in free if other.trial < trial.trial), key=lambda other: other.trial)
+            assert trial.fixed == ("group",)
+            assert trial.params["group"] == leader.params["group"]
+
+
+@pytest.mark.usefixtures("reports")
+def test_a_failing_row_does_not_fail_the_other_rows_of_its_pack(tmp_path: Path) -> None:
+    space = make_space({"x": Grid(list(range(8))), "mode": Grid(["ok", "fail"])})
+    tally, pool = drive(tmp_path, space, trials=16, workers=1)
+    assert (tally.completed, tally.failed) == (8, 8)
+    check_ended(tmp_path, space, trials=16)
+    for row in trials_of(tmp_path):
+        assert (row["state"], row["reason"]) == (
+            ("completed", None) if row["mode"] == "ok" else ("failed", "told to fail")
+        )
+    assert len(fake_job.RAN) == 16, "a failure that the job reported itself is not tried again"
+    assert len(pool.orders[0].rows) == 4
+    states = open_sweep(tmp_path).rows("SELECT state, count(*) AS n FROM attempts GROUP BY state")
+    assert {row["state"]: row["n"] for row in states} == {"ok": 8, "failed": 8}
+
+
+@pytest.mark.usefixtures("reports")
+@pytest.mark.parametrize("mode", fake_job.FAULTY)
+def test_a_row_that_breaks_its_pack_fails_alone_and_the_others_run_again(tmp_path: Path, mode: str) -> None:
+    space = make_space({"mode": Grid(["ok", mode]), "x": Grid(list(range(1, 9)))}, fixed={"y": 2.0})
+    tally, pool = drive(tmp_path, space, trials=16, workers=1)
+    assert (tally.completed, tally.failed) == (8, 8)
+    check_ended(tmp_path, space, trials=16)
+    for row in trials_of(tmp_path):
+        assert row["state"] == ("completed" if row["mode"] == "ok" else "failed")
+        assert row["reason"] is None or ("lost" not in row["reason"] and "\n" not in row["reason"])
+    broken = [order for order in pool.orders if len(order.rows) > 1 and any(row.params["mode"] == mode for row in order.rows)]
+    assert broken
+    alone = Counter(order.rows[0].spec for order in pool.orders if len(order.rows) == 1)
+    assert set(alone.values()) == {1}, "a job's own fault is not retried"
+    states = {row["state"] for row in open_sweep(tmp_path).rows("SELECT state FROM attempts")}
+    assert states == {"ok", "failed"}
+
+
+def test_the_reason_of_a_failed_trial_is_one_line_and_its_attempt_keeps_the_traceback(tmp_path: Path) -> None:
+    drive(tmp_path, make_space({"x": Grid([1])}, fixed={"mode": "raise"}), trials=1)
+    [trial] = trials_of(tmp_path)
+    assert trial["reason"] == "RuntimeError: told to raise"
+    [attempt] = open_sweep(tmp_path).rows("SELECT * FROM attempts")
+    assert "Traceback" in attempt["reason"]
+    assert "fake_job.py" in attempt["reason"]
+
+
+@pytest.mark.usefixtures("reports")
+def test_a_row_that_does_not_fit_alone_is_infeasible_and_the_others_complete(tmp_path: Path) -> None:
+    space = make_space({"x": Grid(list(range(1, 9))), "mode": Grid(["ok", "oom"])})
+    tally, _ = drive(tmp_path, space, trials=16, workers=1)
+    assert (tally.completed, tally.infeasible, tally.failed) == (8, 8, 0)
+    check_ended(tmp_path, space, trials=16)
+    states = {row["state"] for row in open_sweep(tmp_path).rows("SELECT state FROM attempts")}
+    assert states == {"ok", "oom"}
+
+
+@pytest.mark.usefixtures("reports")
+@pytest.mark.parametrize("mode", ["nan", "inf", "missing"])
+def test_a_trial_with_an_undefined_objective_is_infeasible_and_says_which(tmp_path: Path, mode: str) -> None:
+    space = make_space({"x": Grid([1, 2]), "mode": Grid(["ok", mode])})
+    tally, _ = drive(tmp_path, space, trials=4, workers=1)
+    assert (tally.completed, tally.infeasible, tally.failed) == (2, 2, 0)
+    check_ended(tmp_path, space, trials=4)
+    undefined = [row for row in trials_of(tmp_path) if row["mode"] == mode]
+    assert all(row["state"] == "infeasible" and "total" in row["reason"] for row in undefined)
+    metrics = metrics_of(tmp_path)
+    assert all(metrics.get((row["spec"], "select", "total")) is None for row in undefined)
+    assert all(metrics[row["spec"], "select", "square"] is not None for row in undefined)
+    assert {point["params"]["mode"] for point in pareto(open_sweep(tmp_path))} == {"ok"}
+
+
+def test_a_trial_that_the_job_calls_infeasible_keeps_its_reason(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1])}, fixed={"mode": "infeasible"})
+    drive(tmp_path, space, trials=1)
+    [row] = trials_of(tmp_path)
+    assert (row["state"], row["reason"]) == ("infeasible", "told to be infeasible")
+    check_ended(tmp_path, space, trials=1)
+
+
+def test_tables_and_tensors_of_a_row_come_back_under_its_trial(tmp_path: Path) -> None:
+    drive(tmp_path, make_space({"x": Grid([1, 2])}, fixed={"mode": "tables"}), trials=2)
+    sweep = open_sweep(tmp_path)
+    completions = sweep.rows("SELECT * FROM completions ORDER BY trial")
+    assert [(row["trial"], row["text"], row["nll"]) for row in completions] == [
+        (0, fake_job.NASTY, None),
+        (1, fake_job.NASTY, None),
+    ]
+    [vector] = sweep.rows("SELECT * FROM vectors WHERE trial = 1")
+    assert (vector["vector"], vector["layer"]) == ([3.0, 4.0], 2)
+    assert sweep.rows("SELECT DISTINCT prompt, value FROM items") == [{"prompt": fake_job.NASTY, "value": None}]
+    hashes = sweep.rows("SELECT trial, hash FROM artifacts ORDER BY trial")
+    assert [row["trial"] for row in hashes] == [0, 1]
+    assert hashes[0]["hash"] == hashes[1]["hash"], "equal tensors are one artifact"
+
+
+def test_prerequisites_run_once_and_first_and_are_no_trials(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2, 3, 4]), "source": Grid([5, 7])}, fixed={"source_depth": 1})
+    tally, _ = drive(tmp_path, space, trials=8)
+    assert tally.completed == 8
+    check_ended(tmp_path, space, trials=8)
+    assert Counter((params.value, params.depth) for params in fake_source.RAN) == {
+        (5, 0): 1, (5, 1): 1, (7, 0): 1, (7, 1): 1
+    }  # fmt: skip
+    sweep = open_sweep(tmp_path)
+    attempts = sweep.rows("SELECT * FROM attempts WHERE job = 'tests.fake_source'")
+    assert len(attempts) == 4
+    assert all(row["trial"] is None and row["state"] == "ok" for row in attempts)
+    assert sweep.rows("SELECT count(*) AS n FROM artifacts WHERE trial IS NULL AND job = 'tests.fake_source'") == [{"n": 4}]
+    assert len(study_of(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("mode", ["raise", "fail", "empty"])
+def test_a_prerequisite_that_fails_fails_all_that_need_it_by_name_and_nothing_else(tmp_path: Path, mode: str) -> None:
+    space = make_space(
+        {"x": Grid([1, 2]), "source": Grid([0, 5]), "source_mode": Grid(["ok", mode])}, fixed={"source_depth": 2}
+    )
+    tally, _ = drive(tmp_path, space, trials=8, workers=1)
+    check_ended(tmp_path, space, trials=8)
+    assert (tally.completed, tally.failed) == (6, 2)
+    for row in trials_of(tmp_path):
+        if row["source"] and row["source_mode"] == mode:
+            assert row["state"] == "failed"
+            assert "prerequisite tests.fake_source" in row["reason"]
+        else:
+            assert row["state"] == "completed"
+
+
+def test_a_prerequisite_that_breaks_says_why_in_its_dependents(tmp_path: Path) -> None:
+    drive(tmp_path, make_space({"x": Grid([1])}, fixed={"source": 5, "source_mode": "fail"}), trials=1)
+    [row] = trials_of(tmp_path)
+    assert "the source was told to fail" in row["reason"]
+
+
+def test_a_trial_that_others_require_is_computed_once_in_either_order(tmp_path: Path) -> None:
+    # Two prerequisites of one trial each, the second of which needs the first.
+    space = make_space({"source_depth": Grid([1, 0]), "x": Grid([1, 2])}, fixed={"source": 3})
+    drive(tmp_path, space, trials=4)
+    check_ended(tmp_path, space, trials=4)
+    assert Counter(params.depth for params in fake_source.RAN) == {0: 1, 1: 1}
+
+
+def test_while_a_prerequisite_runs_no_more_is_asked_than_idle_workers_could_take(tmp_path: Path) -> None:
+    # What is asked before a result is known is asked blindly: an adaptive sampler learns nothing from waiting.
+    space = make_space({"x": Int(low=1, high=1000)}, fixed={"source": 5}, sampler="tpe", trials=40)
+    config = prepare(tmp_path, space, workers=2, max_pack=4)
+    pool = _SlowPool(tmp_path, rounds=12)
+    sweep = Sweep(
+        tmp_path,
+        space=space,
+        config=config,
+        trials=40,
+        sampler=open_sampler(tmp_path, space),
+        pool=pool,
+        progress=SilentProgress(),
+        on_result=lambda: None,
+    )
+    sweep.run()
+    assert pool.asked_meanwhile
+    assert max(pool.asked_meanwhile) <= 2 * 4
+
+
+class _SlowPool(InlinePool):
+    """For the first rounds nothing happens but that a source is being computed."""
+
+    def __init__(self, folder: Path, *, rounds: int) -> None:
+        super().__init__(folder, workers=2)
+        self._folder = folder
+        self._rounds = rounds
+        self.asked_meanwhile: list[int] = []
+
+    def events(self, timeout_seconds: float) -> list[Any]:
+        if self._rounds and self.orders and not self._news:
+            self._rounds -= 1
+            self.asked_meanwhile.append(len(read_asked(self._folder)))
+            return []
+        return super().events(timeout_seconds)
+
+
+def test_equal_configurations_run_once_and_name_the_first(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2]), "mode": Grid(["ok", "fail", "nan"])}, sampler="random", trials=24)
+    tally, _ = drive(tmp_path, space, trials=24)
+    assert tally.done == 24
+    check_ended(tmp_path, space, trials=24)
+    assert len(fake_job.RAN) == len(set(fake_job.RAN)) <= 6
+    reused = [row for row in trials_of(tmp_path) if row["reused_from"] is not None]
+    assert len(reused) == 24 - len(fake_job.RAN)
+    by_number = {row["trial"]: row for row in trials_of(tmp_path)}
+    for row in reused:
+        first = by_number[row["reused_from"]]
+        assert first["reused_from"] is None
+        assert (first["state"], first["reason"], first["params"]) == (row["state"], row["reason"], row["params"])
+
+
+def test_configurations_that_mean_the_same_work_share_one_result(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([0, 1]), "y": Grid([1.0, 2.0, 3.0])})
+    drive(tmp_path, space, trials=6)
+    check_ended(tmp_path, space, trials=6)
+    assert sorted((params.x, params.y) for params in fake_job.RAN) == [(0, 0.0), (1, 1.0), (1, 2.0), (1, 3.0)]
+    sweep = open_sweep(tmp_path)
+    totals = sweep.rows("SELECT trial, value FROM metrics WHERE name = 'total' AND split = 'select' ORDER BY trial")
+    assert [(row["trial"], row["value"]) for row in totals] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 3), (5, 4)]
+
+
+@pytest.mark.usefixtures("reports")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_a_worker_that_dies_costs_an_attempt_and_nothing_else(tmp_path: Path, when: str, order: int) -> None:
+    space = make_space({**NUMBERS, "source": Grid([5])})
+    tally, pool = drive(tmp_path, space, trials=12, losses={order: when})
+    assert tally.completed == 12
+    check_ended(tmp_path, space, trials=12)
+    sweep = open_sweep(tmp_path)
+    oks = sweep.rows("SELECT spec, count(*) AS n FROM attempts WHERE state = 'ok' GROUP BY spec")
+    assert len(oks) == 13
+    assert all(row["n"] == 1 for row in oks), "an accepted result is accepted once"
+    lost = sweep.rows("SELECT * FROM attempts WHERE state = 'lost'")
+    assert {row["attempt"] for row in lost} <= {pool.orders[order - 1].attempt}
+    assert lost or when == "after"
+    assert all("took its worker along" in row["reason"] for row in lost)
+
+
+@pytest.mark.usefixtures("reports")
+def test_a_pack_that_keeps_killing_its_workers_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2, 3, 4]), "group": Grid(["a", "b"]), "mode": Grid(["ok"])})
+    space = dataclasses.replace(space, parameters={**space.parameters, "mode": Grid(["ok", "die"])})
+    tally, pool = drive(tmp_path, space, trials=16)
+    check_ended(tmp_path, space, trials=16)
+    rows = trials_of(tmp_path)
+    assert all(row["state"] == "failed" for row in rows if row["mode"] == "die")
+    assert tally.failed >= 8
+    tries = Counter(row.spec for order in pool.orders for row in order.rows)
+    for row in rows:
+        assert tries[row["spec"]] <= 3
+        if row["state"] == "failed":
+            assert row["reason"].startswith("lost: 3 workers died")
+            assert "told to die" in row["reason"]
+            assert tries[row["spec"]] == 3
+    states = open_sweep(tmp_path).rows("SELECT spec, count(*) AS n FROM attempts WHERE state = 'lost' GROUP BY spec")
+    assert {row["n"] for row in states if row["spec"] in {r["spec"] for r in rows if r["mode"] == "die"}} == {3}
+
+
+def test_a_prerequisite_that_kills_its_workers_fails_its_dependents(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2])}, fixed={"source": 5})
+    tally, pool = drive(tmp_path, space, trials=2, workers=1, losses={1: "before", 2: "before", 3: "before"})
+    assert tally.failed == 2
+    check_ended(tmp_path, space, trials=2)
+    assert all("prerequisite tests.fake_source" in row["reason"] for row in trials_of(tmp_path))
+    assert len(pool.orders) == 3
+
+
+def test_a_result_is_stored_before_the_sampler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = OptunaSampler.tell
+    told = []
+
+    def checked(self: OptunaSampler, trial: int, values: Sequence[float] | None, *, failed: bool = False) -> None:
+        assert trial in {row["trial"] for row in Store(tmp_path).rows("trials")}
+        told.append(trial)
+        tell(self, trial, values, failed=failed)
+
+    monkeypatch.setattr(OptunaSampler, "tell", checked)
+    drive(tmp_path, make_space({"x": Grid([1, 2]), "mode": Grid(["ok", "fail", "nan"])}), trials=6)
+    assert sorted(told) == list(range(6))
+
+
+def test_everyone_who_listens_hears_of_every_trial(tmp_path: Path) -> None:
+    heard: list[int] = []
+    drive(tmp_path, make_space(), trials=12, on_result=lambda: heard.append(len(Store(tmp_path).rows("trials"))))
+    assert len(heard) == 12
+    assert heard == sorted(heard)
+
+
+def test_the_best_so_far_is_the_best_of_the_first_objective(tmp_path: Path) -> None:
+    tally, _ = drive(tmp_path / "max", make_space({"x": Grid([3, 9, 1])}), trials=3)
+    assert tally.best == "total 9 (trial 1)"
+    tally, _ = drive(tmp_path / "min", make_space({"x": Grid([3, 9, -2])}, objectives=OBJECTIVES[1:]), trials=3)
+    assert tally.best == "square 4 (trial 2)"
+
+
+def test_a_sweep_that_has_ended_computes_nothing_again_and_tells_the_same(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([0, 1, 2]), "y": Grid([1.0, 2.0]), "mode": Grid(["ok", "fail", "nan"])})
+    first, _ = drive(tmp_path, space, trials=18)
+    listed = sorted((tmp_path / "manifest").iterdir())
+    second, pool = drive(tmp_path, space, trials=18)
+    assert pool.orders == []
+    assert dataclasses.replace(first, workers_ready=0) == dataclasses.replace(second, workers_ready=0)
+    assert sorted((tmp_path / "manifest").iterdir()) == listed
+
+
+def test_an_artifact_that_was_deleted_is_computed_again_without_a_second_result(tmp_path: Path) -> None:
+    space = make_space({"x": Grid(list(range(1, 13)))}, fixed={"source": 5, "source_depth": 1})
+    with pytest.raises(Stopped):
+        drive(tmp_path, space, trials=12, workers=1, max_pack=1, stop_at=12)
+    done = sum(row["state"] == "completed" for row in trials_of(tmp_path))
+    assert 0 < done < 12
+    for path in (tmp_path / "artifacts").iterdir():
+        path.unlink()
+    drive(tmp_path, space, trials=12, workers=1, max_pack=1)
+    check_ended(tmp_path, space, trials=12)
+    assert Counter(params.depth for params in fake_source.RAN) == {0: 2, 1: 2}
+    assert all(row["state"] == "completed" for row in trials_of(tmp_path))
+
+
+class Scenario(NamedTuple):
+    """A sweep that is stopped and taken up again."""
+
+    space: Space
+    trials: int
+    losses: dict[int, Any]
+
+
+SCENARIOS = {
+    "grid": Scenario(make_space({"x": Grid([0, 1, 2, 3]), "y": Grid([1.0, 2.0])}), 8, {}),
+    "prerequisites and failures": Scenario(
+        make_space({"mode": Grid(["ok", "fail", "raise", "nan"]), "x": Grid([1, 2])}, fixed={"source": 5}), 8, {2: "after"}
+    ),
+    "random with duplicates": Scenario(
+        make_space({"x": Int(low=0, high=2), "y": Grid([1.0, 2.0])}, sampler="random", trials=10), 10, {1: "before"}
+    ),
+}
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """What a sweep is worth in the end: every trial's parameters and state, and every metric."""
+    rows = [{key: row[key] for key in ("trial", "spec", "state", "reason", "reused_from", "params")} for row in trials_of(folder)]
+    return {"trials": rows, "metrics": metrics_of(folder)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Outcome of a scenario that nobody stops, computed once."""
+    kept: dict[str, dict[str, Any]] = {}
+
+    def outcome(name: str) -> dict[str, Any]:
+        if name not in kept:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            drive(folder, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+            kept[name] = outcome_of(folder)
+        return kept[name]
+
+    return outcome
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.usefixtures("row_by_row")
+def test_a_sweep_stopped_at_any_event_ends_as_if_it_had_not_been(
+    tmp_path: Path, name: str, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    space, trials, losses = SCENARIOS[name]
+    for stop_at in range(1, 200):
+        folder = tmp_path / str(stop_at)
+        try:
+            drive(folder, space, trials=trials, losses=losses, stop_at=stop_at)
+        except Stopped:
+            drive(folder, space, trials=trials, seed=stop_at)
+            check_ended(folder, space, trials=trials)
+            assert outcome_of(folder) == undisturbed(name)
+        else:
+            break
+    assert stop_at > trials, "the sweep ended before it could be stopped"
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_a_sweep_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
+    tmp_path: Path, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    for name, (space, trials, _) in SCENARIOS.items():
+        folder = tmp_path / name
+        for stop_at in [1, 2, 3, 4, 5, 6, 5, 4, 5, 6, 7, 8, None]:
+            try:
+                drive(folder, space, trials=trials, stop_at=stop_at, seed=stop_at or 0)
+                break
+            except Stopped:
+                pass
+        check_ended(folder, space, trials=trials)
+        assert outcome_of(folder) == undisturbed(name)
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    name = "prerequisites and failures"
+    space, trials, _ = SCENARIOS[name]
+    fsync = os.fsync
+    for last in range(1, 400, 7):
+        folder = tmp_path / str(last)
+        prepare(folder, space)
+        calls = iter(range(1, 10_000))
+
+        def refuse(file: int, calls: Iterator[int] = calls, last: int = last) -> None:
+            if next(calls) >= last:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        try:
+            drive(folder, space, trials=trials)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        finally:
+            monkeypatch.setattr(os, "fsync", fsync)
+        assert not [path for path in folder.rglob(".*") if path.is_file()], "nothing is left behind"
+        drive(folder, space, trials=trials)
+        check_ended(folder, space, trials=trials)
+        assert outcome_of(folder) == undisturbed(name)
+    assert last > 3 * trials, "the sweep ended before the disk was full"
+
+
+def _die_at_write(folder: Path, name: str, last: int, torn: int) -> None:
+    """Drive a scenario in a process of its own that is gone at its `last` synced write."""
+    fsync = os.fsync
+    calls = iter(range(1, 10_000))
+
+    def die(file: int) -> None:
+        if next(calls) == last:
+            os.ftruncate(file, max(0, os.fstat(file).st_size - torn))
+            os._exit(9)
+        fsync(file)
+
+    os.fsync = die
+    worker_module._FLUSH_SECONDS = -1.0
+    drive(folder, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+
+
+@pytest.mark.parametrize("torn", [0, 3])
+@pytest.mark.usefixtures("row_by_row")
+def test_a_driver_killed_at_any_write_leaves_a_sweep_that_goes_on(
+    tmp_path: Path, torn: int, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    # A real death: no handler runs, locks stay, and the write that was under way may be torn.
+    name = "random with duplicates"
+    space, trials, _ = SCENARIOS[name]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    for last in range(1 + torn, 400, 5):
+        folder = tmp_path / str(last)
+        prepare(folder, space)
+        driver = processes.Process(target=_die_at_write, args=(folder, name, last, torn))
+        driver.start()
+        driver.join()
+        assert driver.exitcode in (0, 9)
+        drive(folder, space, trials=trials)
+        check_ended(folder, space, trials=trials)
+        assert outcome_of(folder) == undisturbed(name)
+        if driver.exitcode == 0:
+            break
+    assert last > 3 * trials, "the sweep ended before it was killed"
