@@ -19,6 +19,7 @@ MOST_ROWS, MOST_COLUMNS, BINS = 48, 16, 12
 """Distinct values that a heat-map shows one by one; of more it shows `BINS` ranges."""
 _MOST_IN_LEGEND = 10
 _MARKERS = "osD^vPX*<>"
+_MOST_LABELS = 40
 _LABEL_SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.4), (0, -1.4))
 _LABEL_PLACES = tuple((radius * x, radius * y) for radius in (4, 10, 18) for x, y in _LABEL_SIDES)
 """Offsets of a label from its point, points; nearer ones are tried first."""
@@ -86,7 +87,8 @@ def _label_points(axes: Axes, points: np.ndarray, labels: Sequence[str], theme: 
     assert isinstance(canvas, FigureCanvasAgg)
     renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in axes.transData.transform(points)]
-    for point, label in zip(points, labels, strict=True):
+    stride = 1 + len(labels) // _MOST_LABELS
+    for point, label in zip(points[::stride], labels[::stride], strict=True):
         for offset in _LABEL_PLACES:
             text = axes.annotate(
                 label,
@@ -129,7 +131,7 @@ def heatmap_figure(
     axes = figure.subplots()
     style(axes, theme, x=measures[0].label, y=measures[1].label)
     axes.grid(visible=False)
-    axes.set_facecolor(theme.faint)
+    axes.patch.set(hatch="////", edgecolor=theme.faint, linewidth=0)
     norm, colours = _colours(means, theme)
     edges = [np.arange(size + 1) - 0.5 for size in shape]
     axes.pcolormesh(edges[1], edges[0], means, cmap=colours, norm=norm, edgecolors=theme.paper, linewidth=1.5)
@@ -170,7 +172,7 @@ def _print_cells(axes: Axes, values: np.ndarray, norm: Normalize, colours: Color
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = colours(norm(value))
-            ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+            ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "#ffffff"
             axes.text(column, row, _signed(f"{value:.{digits}f}"), color=ink, **look)
 
 

@@ -112,9 +112,8 @@ def _read(sweep: Sweep) -> Findings:
     front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
     unsteered: dict[str, dict[str, float]] = {}
     for row in sweep.rows(
-        "SELECT split, name, min(value) AS value FROM metrics WHERE trial IS NULL "
-        "AND spec IN (SELECT spec FROM attempts WHERE job = 'jobs.baseline') "
-        # Several baselines (of different prompts, say) have no common value.
+        f"SELECT split, name, min(value) AS value FROM metrics WHERE spec IN ({_unsteered_specs(sweep)}) "
+        # Several unsteered readings (of different prompts, say) have no common value.
         "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
     ):
         unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
@@ -209,7 +208,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
         for name, (low, high) in zip(names, ends, strict=True)
     ]
     across, lines = _column(rows, x, "params"), _column(rows, y, "params") if y else None
-    alt = f"Curves of {', '.join(names)} over {x}" + (f", one line for each {y}." if y else ".")
+    alt = f"Curves of {', '.join(names)} over {x}" + (f", a colour for each {y}." if y else ".")
     measures = (_parameter(x), _parameter(y) if y else None)
     return alt, lambda theme: figures.curves_figure(across, lines, panels, measures, theme)
 
@@ -235,10 +234,7 @@ def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
     replies = _replies(sweep, list(chosen))
-    unsteered = sweep.rows("SELECT * FROM completions WHERE trial IS NULL")
-    if not unsteered:
-        idle = [number for number, row in found.scored.items() if row["params"].get("dose") == 0]
-        unsteered = _replies(sweep, idle)
+    unsteered = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({_unsteered_specs(sweep)})")
     before = {(row["split"], row["prompt"]): row for row in unsteered}
     comparisons = [
         Comparison(
@@ -249,6 +245,14 @@ def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
         for trial, why in chosen.items()
     ]
     return [comparison for comparison in comparisons if comparison.replies]
+
+
+def _unsteered_specs(sweep: Sweep) -> str:
+    """SQL for the specs of the unsteered model: the job's own prerequisites, else the trials at a dose of 0."""
+    specs = f"SELECT spec FROM attempts WHERE trial IS NULL AND job = '{sweep.identity['job']}'"
+    if "dose" not in sweep.identity["parameters"]:
+        return specs
+    return f"{specs} UNION SELECT spec FROM trials WHERE dose = 0 AND NOT EXISTS ({specs})"
 
 
 def _replies(sweep: Sweep, trials: Sequence[int]) -> list[Record]:

@@ -50,6 +50,8 @@ class OptunaSampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         drop_torn_line(journal)
+        # A driver that was killed while it wrote left Optuna's own lock, which would hold the next one up for 30 s.
+        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
         self._space = space
         self._name = name
         self._seed = seed
@@ -63,7 +65,7 @@ class OptunaSampler:
         self._study.set_metric_names([objective.metric for objective in space.objectives])
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
-        self._told = sum(trial.state.is_finished() for trial in trials)
+        self._ended = {trial.number for trial in trials if trial.state.is_finished()}
 
     def ask(self, fixed: Mapping[str, Any] | None = None) -> Proposal:
         """Propose a configuration.
@@ -74,7 +76,7 @@ class OptunaSampler:
         self._study.sampler = self._sampler(self._asked, fixed or {})
         trial = self._study.ask(self._distributions)
         self._asked += 1
-        return Proposal(trial.number, self._plain(trial), self._told)
+        return Proposal(trial.number, self._plain(trial), len(self._ended))
 
     def adopt(self, known: Sequence[int]) -> list[Proposal]:
         """Proposals that Optuna has open and that are not among the `known` trial numbers.
@@ -84,11 +86,14 @@ class OptunaSampler:
         adopted = []
         for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number not in known:
-                self._study.sampler = self._sampler(frozen.number, {})
+                sampler = self._study.sampler = self._sampler(frozen.number, {})
                 trial = Trial(self._study, frozen._trial_id)
                 for name, distribution in self._distributions.items():
+                    if name in frozen.params:
+                        # It was drawn before the driver died: the next parameter gets the draw after it.
+                        sampler.sample_independent(self._study, frozen, name, distribution)
                     trial._suggest(name, distribution)
-                adopted.append(Proposal(trial.number, self._plain(trial), self._told))
+                adopted.append(Proposal(trial.number, self._plain(trial), len(self._ended)))
         return adopted
 
     def tell(self, trial: int, values: Sequence[float] | None, *, failed: bool = False) -> None:
@@ -99,19 +104,21 @@ class OptunaSampler:
             values: The objectives, all finite; None if the trial has none.
             failed: With no values: True = it crashed, False = it is infeasible, which the sampler should learn.
         """
+        if trial in self._ended:
+            return
         if values is not None:
             self._study.tell(trial, list(values), skip_if_finished=True)
         elif failed:
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
             self._tell_infeasible(trial)
-        self._told += 1
+        self._ended.add(trial)
 
     def _tell_infeasible(self, number: int) -> None:
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        if not frozen.state.is_finished():
-            Trial(self._study, frozen._trial_id).set_constraint("undefined_objective", 1.0)
-            self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+        trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        if not trial.constraints:
+            trial.set_constraint("undefined_objective", 1.0)
+        self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def _plain(self, trial: Trial) -> dict[str, Any]:
         return {name: trial.params[name] for name in self._distributions}

@@ -75,6 +75,11 @@ class Scheduler:
         """Whether any task was added that is not settled yet, dispatched ones included."""
         return bool(self._tasks)
 
+    @property
+    def blocked(self) -> int:
+        """Number of tasks that wait for a prerequisite."""
+        return len(self._missing)
+
     def knows(self, spec: str) -> bool:
         """Whether the spec is waiting or running."""
         return spec in self._tasks
@@ -140,6 +145,7 @@ class Scheduler:
         dropped = []
         for dependent in self._dependents.pop(spec, []):
             if self._missing.pop(dependent, None) is not None:
+                self._undispatched -= self._tasks[dependent].is_trial
                 dropped += [dependent, *self.fail(dependent)]
         return dropped
 

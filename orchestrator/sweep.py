@@ -81,6 +81,7 @@ class Sweep:
         self._planned: dict[str, _Planned] = {}
         self._waiting_trials: dict[str, list[Asked]] = {}
         self._artifacts = _stored_artifacts(self._store)
+        self._made = {row["spec"] for row in self._store.rows("artifacts")}
         self._values = _stored_objectives(self._store, space)
         self._first_trial: dict[str, int] = {}
         self._running: dict[str, _Running] = {}
@@ -133,7 +134,13 @@ class Sweep:
 
     def _propose(self) -> None:
         wanted = len(self._idle) * self._scheduler.pack_limit()
-        while self._asked < self._trials and self._scheduler.ready < wanted:
+        # Trials that wait for a prerequisite keep no worker busy, but were asked blindly: there is an end to them.
+        most_blocked = self._config.workers * self._scheduler.pack_limit()
+        while (
+            self._asked < self._trials
+            and self._scheduler.ready < wanted
+            and self._scheduler.blocked < most_blocked
+        ):
             count = min(self._scheduler.pack_limit(), self._trials - self._asked)
             trials = self._ask(count)
             self._ledger.asked(trials)
@@ -175,17 +182,19 @@ class Sweep:
         elif self._scheduler.knows(spec_id):
             self._scheduler.no_new_work()
             self._waiting_trials.setdefault(spec_id, []).append(trial)
+        elif (why := self._cannot_run(trial.spec)) is not None:
+            self._scheduler.no_new_work()
+            result = StoredResult(spec_id, "failed", why)
+            self._store.commit([Part((), (result,))], trials=[self._trial_row(trial, result, None)])
+            self._tell(trial.trial, spec_id, result.status)
         else:
             self._waiting_trials[spec_id] = [trial]
             self._plan(trial.spec, is_trial=True)
 
     def _plan(self, spec: Spec, *, is_trial: bool) -> None:
         """Hand a spec to the scheduler, its prerequisites first."""
-        params = make_params(spec.job, spec.params)
-        needs: dict[str, Spec] = {}
-        for requirement in load_job(spec.job).requires(params):
-            need = make_spec(requirement, model=spec.model, seed=self._config.seed)
-            needs[requirement.key] = need
+        needs = self._needs(spec)
+        for need in needs.values():
             if need.id not in self._artifacts and not self._scheduler.knows(need.id):
                 self._plan(need, is_trial=False)
         self._planned[spec.id] = _Planned(spec, needs)
@@ -197,6 +206,25 @@ class Sweep:
             is_trial=is_trial,
         )
         self._scheduler.add(task, settled=[need.id for need in needs.values() if need.id in self._artifacts])
+
+    def _needs(self, spec: Spec) -> dict[str, Spec]:
+        """What the spec's job requires, by requirement key."""
+        return {
+            requirement.key: make_spec(requirement, model=spec.model, seed=self._config.seed)
+            for requirement in load_job(spec.job).requires(make_params(spec.job, spec.params))
+        }
+
+    def _cannot_run(self, spec: Spec) -> str | None:
+        """Which prerequisite has ended without an artifact; None if all may still be had."""
+        for need in self._needs(spec).values():
+            if need.id in self._artifacts or self._scheduler.knows(need.id):
+                continue
+            result = self._store.results.get(need.id)
+            if result is not None and need.id not in self._made:
+                return _ended_without_artifact(need.job, result)
+            if (why := self._cannot_run(need)) is not None:
+                return why
+        return None
 
     # Packs
 
@@ -270,7 +298,9 @@ class Sweep:
                 self._artifacts[row.spec] = row.artifact
             if row.metrics is not None:
                 self._values[row.spec] = _objectives(self._space, row.metrics)
-        results = [self._judged(result) for result in part.results]
+        results = [
+            self._judged(result) if result.spec in self._waiting_trials else result for result in part.results
+        ]
         for result in list(results):
             results += self._settle(result)
         at = [row.at for row in finished]
@@ -289,9 +319,7 @@ class Sweep:
 
     def _judged(self, result: StoredResult) -> StoredResult:
         """A trial whose objectives are not all defined is infeasible, not completed."""
-        if result.status != "completed" or result.spec not in self._waiting_trials:
-            return result
-        if self._values.get(result.spec) is not None:
+        if result.status != "completed" or self._values.get(result.spec) is not None:
             return result
         names = [objective.metric for objective in self._space.objectives]
         return StoredResult(result.spec, "infeasible", f"not all of the objectives {names} are defined")
@@ -301,8 +329,7 @@ class Sweep:
         if result.spec in self._artifacts:
             self._scheduler.settle(result.spec)
             return []
-        job = self._planned[result.spec].spec.job
-        why = f"its prerequisite {job} ({result.spec}) ended as {result.status} without an artifact: {result.reason}"
+        why = _ended_without_artifact(self._planned[result.spec].spec.job, result)
         return [StoredResult(spec, "failed", why) for spec in self._scheduler.fail(result.spec)]
 
     def _without_known(self, part: Part) -> Part:
@@ -314,6 +341,7 @@ class Sweep:
         return Part(files, tuple(result for result in part.results if result not in known))
 
     def _reuse(self, trial: Asked, result: StoredResult) -> None:
+        result = self._judged(result)
         self._store.commit([], trials=[self._trial_row(trial, result, None)])
         self._tell(trial.trial, result.spec, result.status)
 
@@ -370,6 +398,10 @@ def _objectives(space: Space, metrics: Mapping[str, float | None]) -> list[float
     """Values of the objectives in order; None if any is not defined."""
     values = [metrics.get(objective.metric) for objective in space.objectives]
     return [float(value) for value in values if value is not None] if all(map(is_defined, values)) else None
+
+
+def _ended_without_artifact(job: str, result: StoredResult) -> str:
+    return f"its prerequisite {job} ({result.spec}) ended as {result.status} without an artifact: {result.reason}"
 
 
 def _stored_artifacts(store: Store) -> dict[str, Artifact]:

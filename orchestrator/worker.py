@@ -15,7 +15,7 @@ from jobs.resolve import load_job, make_params
 from jobs.spec import ModelRef, Outcome, Requirement, Row
 from orchestrator.pool import Finished, Order, Report
 from storage.artifacts import Artifact, read_artifact, write_artifact
-from storage.parquet import write_table
+from storage.parquet import to_arrow, write_table
 from storage.store import Part, StoredResult
 
 _FLUSH_SECONDS = 1.0
@@ -54,10 +54,15 @@ class Worker:
         try:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             context = _Context(self, order.artifacts)
+            unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
-                batch.add(order.rows[index].spec, order.job, outcome)
+                if index not in unanswered:
+                    raise SteersweepError(f"{order.job} gave an outcome for row {index} twice, or for no row of its own")
+                batch.add(unanswered.pop(index), order.job, outcome)
                 if batch.is_due():
                     yield batch.flush()
+            if unanswered:
+                raise SteersweepError(f"{order.job} ended without an outcome for the rows {sorted(unanswered)}")
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure of a job becomes data
@@ -104,33 +109,34 @@ class _Batch:
         self._since = time.monotonic()
 
     def add(self, spec: str, job: str, outcome: Outcome) -> None:
+        """Take all of an outcome, or raise and take nothing if it cannot be stored."""
         now = time.time()
         state = "failed" if outcome.status == "failed" else "ok"
-        self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
-        for split, metrics in outcome.metrics.items():
-            for name, value in metrics.items():
-                self._put("metrics", {"spec": spec, "split": split, "name": name, "value": value})
-        for table, rows in outcome.tables.items():
-            for row in rows:
-                self._put(table, {"spec": spec, **row})
+        tables = {table: [{"spec": spec, **row} for row in rows] for table, rows in outcome.tables.items()}
+        tables["metrics"] = [
+            {"spec": spec, "split": split, "name": name, "value": value}
+            for split, metrics in outcome.metrics.items()
+            for name, value in metrics.items()
+        ]
+        for table, rows in tables.items():
+            to_arrow(table, rows)
         artifact = write_artifact(self._folder, outcome.tensors) if outcome.tensors else None
+        if artifact is not None:
+            tables["artifacts"] = [
+                {"spec": spec, "job": job, "hash": artifact.sha256, "path": artifact.path, "bytes": artifact.bytes}
+            ]
+        for table, rows in tables.items():
+            self._tables.setdefault(table, []).extend(rows)
+        self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
         self._finished.append(
             Finished(spec, state, outcome.reason, now, dict(outcome.metrics.get("select", {})), artifact)
         )
-        if artifact is not None:
-            self._put(
-                "artifacts",
-                {"spec": spec, "job": job, "hash": artifact.sha256, "path": artifact.path, "bytes": artifact.bytes},
-            )
-
-    def _put(self, table: str, row: dict[str, Any]) -> None:
-        self._tables.setdefault(table, []).append(row)
 
     def is_due(self) -> bool:
         return time.monotonic() - self._since > _FLUSH_SECONDS
 
     def flush(self, *, error: str | None = None, out_of_memory: bool = False) -> Report:
-        files = tuple(write_table(self._folder, table, rows) for table, rows in self._tables.items())
+        files = tuple(write_table(self._folder, table, rows) for table, rows in self._tables.items() if rows)
         part = Part(files, tuple(self._results))
         finished = tuple(self._finished)
         self._clear()

@@ -10,7 +10,7 @@ SPACE = Space(
     ),
     job="jobs.steer",
     parameters={
-        "layer": Grid([8, 10, 12, 14, 16, 18, 20, 22]),
+        "layer": Grid([10, 12, 14, 16, 18, 20, 22, 24]),
         "dose": Grid([-0.45, -0.3, -0.15, 0.0, 0.15, 0.3, 0.45]),
     },
     fixed={"pairs": "tone_pairs", "direction": "mean_difference"},

@@ -54,21 +54,32 @@ def write_table(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> 
 
     Raises:
         OSError: If the disk refuses; nothing is left behind then.
-        KeyError: If a row has a column that the schema does not know.
+        KeyError, TypeError, ValueError: As `to_arrow` does.
     """
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_arrow(table, rows), sink, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue().to_pybytes()
+    path = folder / "tables" / table / f"{uuid.uuid4().hex}.parquet"
+    publish(path, content)
+    return TableFile(table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest())
+
+
+def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The rows as they will be stored.
+
+    Raises:
+        KeyError: If there is no such table, or a row has a column that the schema does not know.
+        TypeError, ValueError: If a value does not fit its column.
+    """
+    if table not in TABLES:
+        raise KeyError(f"no table {table!r}; there are {sorted(TABLES)}")
     columns = TABLES[table]
     known = {column.name for column in columns}
     for row in rows:
         if unknown := set(row) - known:
             raise KeyError(f"table {table} has no columns {sorted(unknown)}; it has {sorted(known)}")
     arrays = [[_cell(row.get(column.name), column) for row in rows] for column in columns]
-    data = pa.table(dict(zip([column.name for column in columns], arrays, strict=True)), schema=arrow_schema(table))
-    sink = pa.BufferOutputStream()
-    pq.write_table(data, sink, compression="zstd", write_page_checksum=True)
-    content = sink.getvalue().to_pybytes()
-    path = folder / "tables" / table / f"{uuid.uuid4().hex}.parquet"
-    publish(path, content)
-    return TableFile(table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest())
+    return pa.table(dict(zip([column.name for column in columns], arrays, strict=True)), schema=arrow_schema(table))
 
 
 def _cell(value: Any, column: Column) -> Any:

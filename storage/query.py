@@ -51,7 +51,8 @@ class Sweep:
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """The answer to one SELECT statement as dictionaries."""
-        return self.query(sql).to_pylist()
+        rows: list[dict[str, Any]] = self.query(sql).to_pylist()
+        return rows
 
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
         store = Store(self.folder)

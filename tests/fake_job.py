@@ -152,5 +152,5 @@ def _rich(metrics: dict[str, dict[str, float]]) -> Outcome:
     )
 
 
-FAULTY = ("raise", "silent", "twice", "bad table", "bad column", "bad cell", "bad text", "bad metric", "bad tensor")
+FAULTY = ("raise", "silent", "bad table", "bad column", "bad cell", "bad text", "bad metric", "bad tensor")
 """Modes whose fault is the job's own: such a row fails, alone, and is not tried again."""

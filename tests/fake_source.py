@@ -16,7 +16,8 @@ class Params:
     Attributes:
         value: Number in the artifact.
         depth: How many further artifacts stand under this one, each adding its own value.
-        mode: `ok`, `fail`, `raise`, or `empty` (completed without an artifact); the deepest one does it.
+        mode: `ok`, `unmeasured` (without a metric on the split select), or, for the deepest one alone,
+            `fail`, `raise` or `empty` (completed without an artifact).
     """
 
     value: int
@@ -62,4 +63,5 @@ def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[i
             yield index, Outcome(status=Status.FAILED, reason="the source was told to fail")
             continue
         tensors = {} if mode == "empty" else {"value": np.array([params.value + under], dtype=np.float32)}
-        yield index, Outcome(metrics={"extract": {"value": params.value + under}}, tensors=tensors)
+        splits = ("extract",) if params.mode == "unmeasured" else ("extract", "select")
+        yield index, Outcome(metrics={split: {"value": params.value + under} for split in splits}, tensors=tensors)

@@ -78,7 +78,9 @@ def _llama_like(architecture: str, **changes: Any) -> Callable[[dict[str, Any]],
 
 def _gpt2(common: dict[str, Any]) -> PreTrainedModel:
     layers = common.pop("num_hidden_layers")
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=HIDDEN, n_layer=layers, n_head=4, **common))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=HIDDEN, n_layer=layers, n_head=4, **common)
+    )
 
 
 def _gpt_neox(common: dict[str, Any]) -> PreTrainedModel:
@@ -92,7 +94,12 @@ def _phi(common: dict[str, Any]) -> PreTrainedModel:
 
 
 def _opt(common: dict[str, Any]) -> PreTrainedModel:
-    size = {"hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": 2 * HIDDEN, "num_attention_heads": 4}
+    size = {
+        "hidden_size": HIDDEN,
+        "word_embed_proj_dim": HIDDEN,
+        "ffn_dim": 2 * HIDDEN,
+        "num_attention_heads": 4,
+    }
     return transformers.OPTForCausalLM(transformers.OPTConfig(**size, **common))
 
 
@@ -110,7 +117,9 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "phi": _phi,
     "opt": _opt,
     # The default, torch.nn.functional.grouped_mm, takes no float64.
-    "mixtral": _llama_like("Mixtral", num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"),
+    "mixtral": _llama_like(
+        "Mixtral", num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
+    ),
 }
 ARCHITECTURES = tuple(_BUILDERS)
 FLOAT32_ONLY = ("gemma2",)

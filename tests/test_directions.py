@@ -29,7 +29,9 @@ def contrast(known_D: np.ndarray, *, strength: float, seed: int = 0) -> tuple[Te
     """Pairs whose sides differ by 2 x strength along a known direction, under common and private noise."""
     random = np.random.default_rng(seed)
     common = random.normal(size=(PAIRS, WIDTH))
-    sides = [common + sign * strength * known_D + 0.05 * random.normal(size=(PAIRS, WIDTH)) for sign in (1, -1)]
+    sides = [
+        common + sign * strength * known_D + 0.05 * random.normal(size=(PAIRS, WIDTH)) for sign in (1, -1)
+    ]
     return torch.tensor(sides[0]), torch.tensor(sides[1])
 
 
@@ -83,7 +85,10 @@ class TestPrincipalComponent:
     def test_the_sign_follows_the_number_of_pairs_not_their_size(self) -> None:
         known = unit(0)
         positive, negative = contrast(known, strength=1)
-        positive[:5], negative[:5] = positive[:5] - 100 * torch.tensor(known), negative[:5] + 100 * torch.tensor(known)
+        positive[:5], negative[:5] = (
+            positive[:5] - 100 * torch.tensor(known),
+            negative[:5] + 100 * torch.tensor(known),
+        )
         assert mean_difference(positive, negative).numpy() @ known < 0
         assert principal_component(positive, negative, 0).numpy() @ known > 0.9
 
@@ -158,7 +163,9 @@ class TestExtraction:
             assert outcome.tensors["separability"][layer] == pytest.approx(share)
         norms = np.linalg.norm(np.concatenate([positive, negative]), axis=-1).mean(axis=0)
         np.testing.assert_allclose(outcome.tensors["residual_norms"], norms, rtol=1e-5)
-        assert outcome.metrics["extract"]["separability"] == pytest.approx(outcome.tensors["separability"].max())
+        assert outcome.metrics["extract"]["separability"] == pytest.approx(
+            outcome.tensors["separability"].max()
+        )
 
     def test_a_count_takes_the_first_pairs(self, pairs: str, tmp_path: Path) -> None:
         few = tmp_path / "few.jsonl"
@@ -207,7 +214,7 @@ class _Listening(Replica):
 
 
 def _hidden_states(ids: list[int]) -> np.ndarray:
-    """Block outputs of one text alone, (layers, tokens, hidden); one block more, as the last comes out normed."""
+    """Block outputs of one text alone, (layers, tokens, hidden), from a deeper model: the last comes out normed."""
     deeper = tiny_model("llama", layers=LAYERS + 1)
     with torch.inference_mode():
         states = deeper(torch.tensor([ids]), output_hidden_states=True).hidden_states

@@ -32,8 +32,19 @@ from tests.models import (
     tiny_tokenizer,
 )
 
-PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56, 57, 58], [60], list(range(70, 84)), list(range(90, 90 + WINDOW))]
-MLP_BIAS = {"gpt2": "mlp.c_proj.bias", "gpt_neox": "mlp.dense_4h_to_h.bias", "phi": "mlp.fc2.bias", "opt": "fc2.bias"}
+PROMPTS = [
+    [40, 41, 42],
+    [50, 51, 52, 53, 54, 55, 56, 57, 58],
+    [60],
+    list(range(70, 84)),
+    list(range(90, 90 + WINDOW)),
+]
+MLP_BIAS = {
+    "gpt2": "mlp.c_proj.bias",
+    "gpt_neox": "mlp.dense_4h_to_h.bias",
+    "phi": "mlp.fc2.bias",
+    "opt": "fc2.bias",
+}
 """The bias that is added to a block's output last."""
 
 
@@ -59,10 +70,14 @@ def direction(seed: int = 0) -> np.ndarray:
 def generated(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
     """What transformers' own greedy search adds to one prompt, without the stop token."""
     ids = torch.tensor([prompt])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+    )
     stops = model.generation_config.eos_token_id
     new: list[int] = found[0, len(prompt) :].tolist()
-    ends = [place for place, token in enumerate(new) if token in (stops if isinstance(stops, list) else [stops])]
+    ends = [
+        place for place, token in enumerate(new) if token in (stops if isinstance(stops, list) else [stops])
+    ]
     return new[: ends[0]] if ends else new
 
 
@@ -81,13 +96,15 @@ class TestBlocks:
 
     def test_lists_of_experts_inside_blocks_are_not_taken_for_the_blocks(self) -> None:
         blocks = nn.ModuleList(
-            nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(16)), "norm": nn.LayerNorm(8)})
+            nn.ModuleDict(
+                {"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(16)), "norm": nn.LayerNorm(8)}
+            )
             for _ in range(3)
         )
         assert find_blocks(nn.ModuleDict({"layers": blocks})) is blocks
 
     def test_a_model_without_a_list_of_blocks_is_refused_with_what_it_has(self) -> None:
-        with pytest.raises(ModelError, match="no nn.ModuleList.*'only_child'"):
+        with pytest.raises(ModelError, match=r"no nn\.ModuleList.*'only_child'"):
             find_blocks(nn.ModuleDict({"only_child": nn.Linear(2, 2)}))
 
     def test_two_lists_of_equal_weight_are_refused_by_name(self) -> None:
@@ -149,7 +166,9 @@ class TestReplica:
 
 class TestMicroBatches:
     @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
-    def test_every_sequence_rides_once_within_the_budget_or_alone(self, lengths: list[int], budget: int) -> None:
+    def test_every_sequence_rides_once_within_the_budget_or_alone(
+        self, lengths: list[int], budget: int
+    ) -> None:
         batches = list(micro_batches(lengths, budget))
         assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
         for batch in batches:
@@ -172,7 +191,9 @@ class TestCapture:
             with torch.inference_mode():
                 states = deeper(torch.tensor([prompt]), output_hidden_states=True).hidden_states
             expected_LD = torch.stack([state[0, -offset] for state in states[1 : LAYERS + 1]])
-            torch.testing.assert_close(captured_LD, expected_LD, atol=tolerance(replica), rtol=tolerance(replica))
+            torch.testing.assert_close(
+                captured_LD, expected_LD, atol=tolerance(replica), rtol=tolerance(replica)
+            )
 
     def test_a_prompt_shorter_than_the_offset_is_refused_by_number(self) -> None:
         with pytest.raises(SpecError, match="offset=2, and prompt 1 has only 1 tokens"):
@@ -196,7 +217,9 @@ class TestSteering:
 
     @pytest.mark.parametrize("architecture", MLP_BIAS)
     @pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
-    def test_steering_equals_the_same_addition_built_into_the_weights(self, architecture: str, layer: int) -> None:
+    def test_steering_equals_the_same_addition_built_into_the_weights(
+        self, architecture: str, layer: int
+    ) -> None:
         replica, built_in = tiny_replica(architecture), tiny_replica(architecture)
         vector = 3 * direction()
         built_in.blocks[layer].get_parameter(MLP_BIAS[architecture]).add_(torch.tensor(vector))
@@ -210,7 +233,6 @@ class TestSteering:
     def test_no_hook_outlives_a_context_that_ends_in_an_error(self, replica: Replica) -> None:
         before = replica.logits(PROMPTS, keep=1)
         delta = torch.ones(len(PROMPTS), 1, HIDDEN, dtype=replica.model.dtype)
-        outputs: dict[int, Tensor] = {}
         with pytest.raises(ZeroDivisionError), steered(replica, {0: delta}), recorded(replica) as outputs:
             1 / 0  # noqa: B018
         with pytest.raises(RuntimeError), steered(replica, {1: delta, 2: delta[..., :-1]}):
@@ -222,7 +244,9 @@ class TestSteering:
 
     @settings(max_examples=8)
     @given(st.data())
-    def test_a_packed_row_equals_the_lone_row_in_any_order(self, replica: Replica, data: st.DataObject) -> None:
+    def test_a_packed_row_equals_the_lone_row_in_any_order(
+        self, replica: Replica, data: st.DataObject
+    ) -> None:
         tokens = st.integers(5, len(replica.tokenizer) - 1)
         configuration = st.tuples(
             st.lists(tokens, min_size=1, max_size=2 * WINDOW), st.integers(0, LAYERS - 1), st.floats(-8, 8)
@@ -248,7 +272,10 @@ class TestSteering:
 
     def test_a_row_of_nan_logits_does_not_poison_its_batch_mates(self, replica: Replica) -> None:
         huge = np.full(HIDDEN, 0.4 * torch.finfo(replica.model.dtype).max)
-        rows = [[Addition(layer=1, vector=vector)] for vector in (direction(1), huge, direction(2), huge, direction(3))]
+        rows = [
+            [Addition(layer=1, vector=vector)]
+            for vector in (direction(1), huge, direction(2), huge, direction(3))
+        ]
         deltas = row_tables(replica, rows).take(range(len(rows)))
         with steered(replica, deltas):
             together = replica.logits(PROMPTS, keep=1)
@@ -292,12 +319,21 @@ class TestRowTables:
     @pytest.mark.parametrize(
         ("addition", "message"),
         [
-            (Addition(layer=LAYERS, vector=direction()), "row 1: layer 4 does not exist; the model has 0 to 3"),
+            (
+                Addition(layer=LAYERS, vector=direction()),
+                "row 1: layer 4 does not exist; the model has 0 to 3",
+            ),
             (Addition(layer=-1, vector=direction()), "row 1: layer -1 does not exist; the model has 0 to 3"),
-            (Addition(layer=0, vector=np.ones(31)), "row 1: vector of shape (31,); the model's hidden size is 32"),
+            (
+                Addition(layer=0, vector=np.ones(31)),
+                "row 1: vector of shape (31,); the model's hidden size is 32",
+            ),
             (Addition(layer=0, vector=np.ones((1, 32))), "row 1: vector of shape (1, 32); the model's"),
             (Addition(layer=0, vector=np.append(np.ones(31), np.nan)), "row 1: the vector holds NaN"),
-            (Addition(layer=0, vector=np.append(np.ones(31), np.inf)), "row 1: the vector holds NaN or an infinity"),
+            (
+                Addition(layer=0, vector=np.append(np.ones(31), np.inf)),
+                "row 1: the vector holds NaN or an infinity",
+            ),
         ],
     )
     def test_a_vector_that_cannot_be_added_is_refused_by_row(self, addition: Addition, message: str) -> None:
@@ -307,7 +343,9 @@ class TestRowTables:
 
 
 class TestGreedy:
-    def test_prompts_of_different_length_get_what_transformers_generates_for_each(self, replica: Replica) -> None:
+    def test_prompts_of_different_length_get_what_transformers_generates_for_each(
+        self, replica: Replica
+    ) -> None:
         expected = [generated(replica.model, prompt, 2 * WINDOW) for prompt in PROMPTS]
         assert greedy(replica, PROMPTS, {}, max_new_tokens=2 * WINDOW).tokens == expected
 

@@ -314,7 +314,9 @@ def test_a_death_at_any_call_leaves_nothing_double_or_open(
         assert set(run.data.params) == {"layer", "dose", "template"}
 
 
-def test_a_deleted_mirror_is_written_again_with_the_same_content(folder: Path, tmp_path: Path) -> None:
+def test_a_deleted_mirror_is_written_again_with_the_same_content(
+    folder: Path, tmp_path: Path, empty_database: Path
+) -> None:
     commit(folder, 0, effect=1.0)
     commit(folder, 1, "infeasible", effect=0.5)
     mirror = Mirror(folder)
@@ -324,6 +326,7 @@ def test_a_deleted_mirror_is_written_again_with_the_same_content(folder: Path, t
     # A copy, because MLflow keeps a deleted database open for as long as this process lives.
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts"))
+    shutil.copy(empty_database, copy)
     rebuilt = Mirror(copy)
     assert rebuilt.sync() == 2
     rebuilt.finish()
@@ -365,7 +368,7 @@ def test_two_sweeps_of_a_space_share_an_experiment_and_nothing_else(folder: Path
 
 
 def test_many_runs_are_found_again_page_by_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for trial in range(5):
+    for trial in range(3):
         commit(folder, trial, effect=1.0)
     Mirror(folder).sync()
     search = MlflowClient.search_runs
@@ -466,10 +469,8 @@ def test_the_user_interface_is_served_until_it_is_interrupted(folder: Path) -> N
     commit(folder, 0, effect=1.0)
     Mirror(folder).sync()
     port = free_port()
-    code = "import sys, pathlib, storage.mlflow_log as m; sys.exit(m.serve_ui(pathlib.Path(sys.argv[1]), int(sys.argv[2])))"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(port)], stderr=subprocess.PIPE
-    ) as server:
+    code = f"import pathlib, storage.mlflow_log as m; exit(m.serve_ui(pathlib.Path({str(folder)!r}), {port}))"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as server:
         try:
             assert b'"tone_grid"' in search_experiments(port, patience_seconds=60)
             server.send_signal(signal.SIGINT)

@@ -1,6 +1,8 @@
 """Readings of a pack, against a plain loop over transformers' own forward; the job that steers."""
 
-from functools import cache
+import json
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,14 +10,14 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from jobs import steer
+from jobs import honesty, steer
 from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.replica import Replica
 from jobs.engine.steering import Addition, RowTables, row_tables
 from jobs.errors import SpecError
 from jobs.readout import Completion, Panel, Reading, read_tables, split_means
 from jobs.spec import Outcome, Status
-from tests.models import HIDDEN, LAYERS, Artifacts, tiny_replica
+from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 
 ARCHITECTURE = "gpt2"
 CHOICES = [
@@ -55,7 +57,7 @@ def plain_reading(index: int) -> PlainReading:
 
 
 def _read_plainly(configuration: Configuration) -> PlainReading:
-    """One sequence at a time, without cache, padding or hooks: the vector is built into a bias of the model."""
+    """One sequence at a time, without cache, padding or hooks: the vector is built into a bias."""
     unsteered, steered = tiny_replica(ARCHITECTURE), tiny_replica(ARCHITECTURE)
     steered.blocks[configuration.layer].mlp.c_proj.bias.add_(torch.tensor(configuration.vector))
     tokenizer = unsteered.tokenizer
@@ -105,12 +107,16 @@ def assert_equal(reading: Reading, other: Reading) -> None:
     np.testing.assert_allclose(reading.log_odds_N, other.log_odds_N, atol=1e-9)
     np.testing.assert_allclose(reading.kl_N, other.kl_N, atol=1e-9)
     assert [reply.tokens for reply in reading.completions] == [reply.tokens for reply in other.completions]
-    np.testing.assert_allclose([r.nll for r in reading.completions], [r.nll for r in other.completions], atol=1e-9)
-    assert [reply.repetition for reply in reading.completions] == [reply.repetition for reply in other.completions]
+    np.testing.assert_allclose(
+        [r.nll for r in reading.completions], [r.nll for r in other.completions], atol=1e-9
+    )
+    assert [reply.repetition for reply in reading.completions] == [
+        reply.repetition for reply in other.completions
+    ]
 
 
 class TestPanel:
-    @pytest.mark.parametrize("token_budget", [1, 100, 400, 8192])
+    @pytest.mark.parametrize("token_budget", [1, 300, 8192])
     def test_a_pack_reads_as_a_plain_loop_does_whatever_fits_at_once(self, token_budget: int) -> None:
         replica = tiny_replica(ARCHITECTURE)
         replica.token_budget = token_budget
@@ -193,12 +199,20 @@ class TestReadTables:
             assert items[index, "kl"]["value"] == reading.kl_N[index]
             assert items[index, "kl"]["split"] == choice.split
         assert [row["split"] for row in rows["completions"]] == ["select", "report", "select"]
-        assert [row["tokens"] for row in rows["completions"]] == [len(reply.tokens) for reply in reading.completions]
+        assert [row["tokens"] for row in rows["completions"]] == [
+            len(reply.tokens) for reply in reading.completions
+        ]
 
 
-def params(*, layer: int, dose: float, **changes: object) -> steer.Params:
-    few = {"choices_select": 4, "choices_report": 3, "prompts_select": 2, "prompts_report": 2, "max_new_tokens": 6}
-    return steer.Params(layer=layer, dose=dose, **few | changes)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"positive": f"Good day {number}!", "negative": f"Never again, {number * 111}."}
+        for number in range(6)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
 
 
 class TestSteerJob:
@@ -206,10 +220,23 @@ class TestSteerJob:
     def artifacts(self) -> Artifacts:
         return Artifacts(tiny_replica("llama"))
 
+    @pytest.fixture
+    def params(self, pairs: str) -> Callable[..., steer.Params]:
+        few = {
+            "choices_select": 4,
+            "choices_report": 3,
+            "prompts_select": 2,
+            "prompts_report": 2,
+            "max_new_tokens": 6,
+        }
+        return partial(steer.Params, pairs=pairs, **few)  # type: ignore[arg-type]
+
     def run(self, artifacts: Artifacts, *rows: steer.Params) -> list[Outcome]:
         return artifacts.run("jobs.steer", rows)
 
-    def test_a_dose_is_counted_in_residual_norms_along_the_extracted_direction(self, artifacts: Artifacts) -> None:
+    def test_a_dose_is_counted_in_residual_norms_along_the_extracted_direction(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
         [outcome] = self.run(artifacts, params(layer=2, dose=-0.5))
         extraction, _ = steer.requires(params(layer=2, dose=-0.5))
         arrays = artifacts.artifact(extraction)
@@ -218,7 +245,9 @@ class TestSteerJob:
         np.testing.assert_allclose(vector["vector"], expected, rtol=1e-6)
         assert (vector["layer"], vector["norm"]) == (2, pytest.approx(0.5 * arrays["residual_norms"][2]))
 
-    def test_a_pack_of_mixed_doses_gives_what_each_row_gives_alone(self, artifacts: Artifacts) -> None:
+    def test_a_pack_of_mixed_doses_gives_what_each_row_gives_alone(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
         rows = [
             params(layer=0, dose=1.0),
             params(layer=3, dose=0.0),
@@ -232,19 +261,25 @@ class TestSteerJob:
             texts = [[row["text"] for row in each.tables["completions"]] for each in (outcome, alone)]
             assert texts[0] == texts[1]
 
-    def test_no_dose_has_no_effect_no_damage_and_no_divergence(self, artifacts: Artifacts) -> None:
+    def test_no_dose_has_no_effect_no_damage_and_no_divergence(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
         [outcome] = self.run(artifacts, params(layer=0, dose=0.0))
         for metrics in outcome.metrics.values():
             assert (metrics["effect"], metrics["damage"]) == (0, 0)
             assert metrics["kl"] == pytest.approx(0, abs=1e-6)
 
-    def test_a_tiny_dose_is_close_to_no_dose_in_every_metric(self, artifacts: Artifacts) -> None:
+    def test_a_tiny_dose_is_close_to_no_dose_in_every_metric(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
         none, tiny = self.run(artifacts, params(layer=1, dose=0.0), params(layer=1, dose=1e-9))
         for split in ("select", "report"):
             assert tiny.metrics[split] == pytest.approx(none.metrics[split], abs=1e-5)
 
     @pytest.mark.parametrize("dose", [0.4, -0.4])
-    def test_effect_and_damage_are_changes_from_no_dose(self, artifacts: Artifacts, dose: float) -> None:
+    def test_effect_and_damage_are_changes_from_no_dose(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params], dose: float
+    ) -> None:
         none, some = self.run(artifacts, params(layer=1, dose=0.0), params(layer=1, dose=dose))
         for split in ("select", "report"):
             before, after = none.metrics[split], some.metrics[split]
@@ -253,20 +288,41 @@ class TestSteerJob:
             rises = [max(0.0, after[name] - before[name]) for name in ("nll", "repetition")]
             assert after["damage"] == pytest.approx(sum(rises))
 
-    def test_a_row_whose_logits_are_nan_fails_with_a_reason_and_its_mates_do_not(self, artifacts: Artifacts) -> None:
-        good = params(layer=2, dose=0.3)
-        poisoned, mate = self.run(artifacts, params(layer=1, dose=1e36), good)
+    def test_a_row_whose_logits_are_nan_fails_with_a_reason_and_its_mates_do_not(
+        self, params: Callable[..., steer.Params]
+    ) -> None:
+        halves = Artifacts(Replica(tiny_model("llama").half(), tiny_tokenizer()))
+        good, overflowing = params(layer=2, dose=0.3), params(layer=1, dose=1e6)
+        poisoned, mate = self.run(halves, overflowing, good)
         assert poisoned.status == Status.FAILED
         assert "not finite; use a smaller dose" in str(poisoned.reason)
-        [alone] = self.run(artifacts, good)
         assert mate.status == Status.COMPLETED
-        assert mate.metrics["select"] == pytest.approx(alone.metrics["select"], abs=1e-5)
+        [alone] = self.run(halves, good)
+        for name in ("log_odds", "kl"):
+            assert mate.metrics["select"][name] == pytest.approx(alone.metrics["select"][name], abs=0.02)
 
-    def test_a_layer_that_the_model_lacks_is_refused_with_those_it_has(self, artifacts: Artifacts) -> None:
-        with pytest.raises(SpecError, match=f"layer {LAYERS} does not exist; the model has 0 to {LAYERS - 1}"):
+    def test_a_layer_that_the_model_lacks_is_refused_with_those_it_has(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
+        with pytest.raises(
+            SpecError, match=f"layer {LAYERS} does not exist; the model has 0 to {LAYERS - 1}"
+        ):
             self.run(artifacts, params(layer=LAYERS, dose=1.0))
 
-    def test_every_metric_that_a_result_holds_is_described(self, artifacts: Artifacts) -> None:
+    def test_every_metric_that_a_result_holds_is_described(
+        self, artifacts: Artifacts, params: Callable[..., steer.Params]
+    ) -> None:
         for outcome in self.run(artifacts, params(layer=1, dose=0.0), params(layer=1, dose=0.2)):
             for metrics in outcome.metrics.values():
                 assert set(metrics) == set(steer.METRICS)
+
+
+class TestHonestyJob:
+    def test_a_row_whose_logits_are_nan_fails_with_a_reason(self) -> None:
+        halves = Artifacts(Replica(tiny_model("llama").half(), tiny_tokenizer()))
+        few = {"claims_extract": 4, "claims_select": 4, "claims_report": 4, "max_new_tokens": 1}
+        rows = [honesty.Params(layer=1, dose=dose, **few) for dose in (1e6, 0.3)]  # type: ignore[arg-type]
+        poisoned, mate = halves.run("jobs.honesty", rows)
+        assert poisoned.status == Status.FAILED
+        assert "not finite; use a smaller dose" in str(poisoned.reason)
+        assert mate.status == Status.COMPLETED

@@ -90,7 +90,7 @@ def make_sweep(
         tables["metrics"] += _metric_rows(
             "base", {"select": {"log_odds": 0.3, "nll": 1.1}, "report": {"log_odds": 0.2}}
         )
-        tables["attempts"].append(_attempt("base", None, "jobs.baseline", 0))
+        tables["attempts"].append(_attempt("base", None, "jobs.steer", 0))
     for number, trial in enumerate(trials):
         spec = "unsteered" if trial.params.get("dose") == 0 else f"spec{number}"
         first = seen.setdefault(spec, number)
@@ -266,7 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         baseline=("Fine.", "The first day of the week.", "Water that falls."),
         asked=2,
     )
-    lost = {**_attempt("base", None, "jobs.baseline", 99), "state": "lost", "reason": "the worker died"}
+    lost = {**_attempt("base", None, "jobs.steer", 99), "state": "lost", "reason": "the worker died"}
     Store(path).commit([], attempts=[lost])
     return path
 
@@ -360,9 +360,9 @@ class TestContent:
     def test_failures_are_listed_with_their_reasons(self, page: Page) -> None:
         assert page.row("3", "failed", "10", "0.15", "ZeroDivisionError: <b>division</b> by zero")
         assert page.row("4", "infeasible", "10", "0.3", "effect is not defined")
-        assert page.row("lost", "jobs.baseline") == [
+        assert page.row("lost", "jobs.steer") == [
             "lost",
-            "jobs.baseline",
+            "jobs.steer",
             "1",
             "a prerequisite",
             "the worker died",
@@ -400,6 +400,11 @@ class TestContent:
 
 
 class TestAnySweep:
+    @pytest.fixture(autouse=True)
+    def _unpainted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Figures are built but not painted: that is most of a report's time, and seen above."""
+        monkeypatch.setattr("orchestrator.report.to_png", lambda figure: b"PNG")
+
     def test_nothing_completed_is_said_so(self, tmp_path: Path) -> None:
         page = report(make_sweep(tmp_path / "empty", [], parameters=GRID, asked=3))
         assert "No trial has completed yet" in page.text
@@ -457,7 +462,7 @@ class TestAnySweep:
             "Heat-map of effect by q and R: highest 16 at q 2, R 8; lowest 0.5 at q 1, R 0.5."
             in page.attributes("alt")
         )
-        assert "Curves of effect, damage over R, one line for each q." in page.attributes("alt")
+        assert "Curves of effect, damage over R, a colour for each q." in page.attributes("alt")
         assert "There are no replies of steered trials" in page.text
 
     def test_without_numeric_parameters_only_the_scatter_is_drawn(self, tmp_path: Path) -> None:

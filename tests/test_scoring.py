@@ -26,7 +26,9 @@ def random_logits(*shape: int) -> torch.Tensor:
 class TestLogProbabilities:
     def test_they_are_the_logarithm_of_the_softmax(self) -> None:
         logits = random_logits(5, 7)
-        np.testing.assert_allclose(log_probabilities(logits), np.log(softmax(logits.numpy(), axis=-1)), rtol=1e-10)
+        np.testing.assert_allclose(
+            log_probabilities(logits), np.log(softmax(logits.numpy(), axis=-1)), rtol=1e-10
+        )
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_widened_before_the_softmax(self, dtype: torch.dtype) -> None:
@@ -74,7 +76,9 @@ class TestKullbackLeibler:
 class TestNegativeLogLikelihood:
     def test_it_is_the_mean_cross_entropy(self) -> None:
         logits, tokens = random_logits(6, 9), torch.tensor([0, 8, 3, 3, 1, 5])
-        torch.testing.assert_close(negative_log_likelihood(logits, tokens), functional.cross_entropy(logits, tokens))
+        torch.testing.assert_close(
+            negative_log_likelihood(logits, tokens), functional.cross_entropy(logits, tokens)
+        )
 
     def test_half_precision_is_scored_in_float32(self) -> None:
         logits, tokens = random_logits(6, 500).bfloat16(), torch.arange(6)
@@ -140,7 +144,9 @@ class TestParseLetter:
             ("", None),
         ],
     )
-    def test_the_letter_of_a_reply_is_the_first_that_stands_alone(self, text: str, letter: str | None) -> None:
+    def test_the_letter_of_a_reply_is_the_first_that_stands_alone(
+        self, text: str, letter: str | None
+    ) -> None:
         assert parse_letter(text) == letter
 
 

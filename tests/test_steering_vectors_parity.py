@@ -43,7 +43,9 @@ def directions(smollm2: Replica) -> Tensor:
 
 
 @torch.inference_mode()
-def with_the_package(replica: Replica, prompt: list[int], layer: int, vector: Tensor, multiplier: float) -> PackageRun:
+def with_the_package(
+    replica: Replica, prompt: list[int], layer: int, vector: Tensor, multiplier: float
+) -> PackageRun:
     ids = torch.tensor([prompt])
     with SteeringVector({layer: vector}, "decoder_block").apply(replica.model, multiplier=multiplier):
         found = replica.model.generate(
@@ -62,7 +64,9 @@ def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_
     smollm2: Replica, directions: Tensor, record_property: Callable[[str, object], None]
 ) -> None:
     prompts = [smollm2.encode_chat(question) for question in QUESTIONS]
-    work = [(layer, factor, place) for layer in LAYERS for factor in MULTIPLIERS for place in range(len(prompts))]
+    work = [
+        (layer, factor, place) for layer in LAYERS for factor in MULTIPLIERS for place in range(len(prompts))
+    ]
     rows = [[Addition(layer=layer, vector=(factor * directions[layer]).numpy())] for layer, factor, _ in work]
     deltas = row_tables(smollm2, rows).take(range(len(rows)))
     ours = greedy(smollm2, [prompts[place] for _, _, place in work], deltas, max_new_tokens=NEW_TOKENS).tokens
@@ -71,12 +75,16 @@ def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_
         theirs = with_the_package(smollm2, prompts[place], layer, directions[layer], factor)
         ended = mine + sorted(smollm2.stop_ids)[: NEW_TOKENS - len(mine)]
         assert len(smollm2.stop_ids) == 1
-        differing = [step for step, pair in enumerate(zip(ended, theirs.tokens, strict=False)) if len({*pair}) > 1]
+        differing = [
+            step for step, pair in enumerate(zip(ended, theirs.tokens, strict=False)) if len({*pair}) > 1
+        ]
         if not differing:
             assert len(ended) == len(theirs.tokens)
             continue
         gap = theirs.gaps[differing[0]]
-        assert gap < NEAR_TIE, f"layer {layer}, multiplier {factor}, prompt {place}, token {differing[0]}: gap {gap}"
+        assert gap < NEAR_TIE, (
+            f"layer {layer}, multiplier {factor}, prompt {place}, token {differing[0]}: gap {gap}"
+        )
         near_ties += 1
     record_property("completions", len(work))
     record_property("differing_at_a_near_tie", near_ties)
