@@ -71,6 +71,7 @@ def _drive(
     )
     pool = RayPool(folder, config, address=address)
     mirror = BackgroundMirror(folder)
+    kept: list[Path] = []
     try:
         with ConsoleProgress(console) as progress:
             sweep = Sweep(
@@ -84,10 +85,12 @@ def _drive(
                 on_result=mirror.notify,
             )
             sweep.run()
+        pool.close()
+        report = write_report(folder)
+        kept = [report, *sorted(report.parent.glob("*.png"))]
     finally:
         pool.close()
-    report = write_report(folder)
-    mirror.close([report, *sorted(report.parent.glob("*.png"))], timeout_seconds=120)
+        mirror.close(kept, timeout_seconds=120 if kept else 5)
 
 
 def planned_trials(space: Space, config: RunConfig) -> int:

@@ -135,9 +135,9 @@ class RayPool:
         return Event(worker, "lost", reason=reason)
 
     def close(self) -> None:
-        """Let the actors go; a local Ray is stopped."""
-        for actor in self._actors.values():
-            ray.kill(actor)
+        """Let the actors go; a local Ray is stopped. Closing again does nothing."""
+        while self._actors:
+            ray.kill(self._actors.popitem()[1])
         ray.shutdown()
 
 

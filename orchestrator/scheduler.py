@@ -4,7 +4,7 @@ Pure: no clock, no I/O, no Ray, no model; every decision costs the same however 
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -42,112 +42,108 @@ class Pack:
     attempt: int = 1
 
 
-class Scheduler:
-    """Waiting tasks, and the packs made of them.
+def pack_limit(*, unasked: int, workers: int, max_pack: int) -> int:
+    """Most trials of the next pack: a share of what is left, so that no worker ends up waiting long.
 
     Args:
-        workers: Number of workers that share the work.
-        trials: Number of trials that the sweep will have had in the end.
-        max_pack: Most tasks of a pack.
+        unasked: Trials that were not proposed yet.
+        workers: Workers that share the work.
+        max_pack: Most trials of any pack.
+    """
+    return max(1, min(max_pack, unasked // (4 * workers)))
+
+
+class Scheduler:
+    """Packs that wait, run, or run again.
+
+    Packs are made when their tasks are added, of tasks that were added together. So what rides
+    with what follows from the order of proposals alone, never from how fast a worker was.
+
+    Args:
         max_attempts: Tries at a pack whose worker is lost.
     """
 
-    def __init__(self, *, workers: int, trials: int, max_pack: int, max_attempts: int) -> None:
-        self._shares = 4 * workers
-        self._undispatched = trials
-        self._max_pack = max_pack
+    def __init__(self, *, max_attempts: int) -> None:
         self._max_attempts = max_attempts
-        self._tasks: dict[str, Task] = {}
-        self._missing: dict[str, set[str]] = {}
-        self._dependents: dict[str, list[str]] = {}
+        self._unsettled: set[str] = set()
+        self._blocked: dict[int, tuple[Pack, set[str]]] = {}
+        self._dependents: dict[str, list[int]] = {}
         self._again: deque[Pack] = deque()
-        self._prerequisites: deque[Task] = deque()
-        self._ready: dict[str, deque[Task]] = {}
+        self._prerequisites: deque[Pack] = deque()
+        self._ready: deque[Pack] = deque()
         self._packs = 0
 
     @property
-    def ready(self) -> int:
-        """Number of trials that could be packed now."""
-        return sum(len(queue) for queue in self._ready.values())
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any task was added that is not settled yet, dispatched ones included."""
-        return bool(self._tasks)
-
-    @property
-    def blocked(self) -> int:
-        """Number of tasks that wait for a prerequisite."""
-        return len(self._missing)
+    def waiting(self) -> int:
+        """Number of packs of trials that no worker has been given yet."""
+        blocked = sum(pack.tasks[0].is_trial for pack, _ in self._blocked.values())
+        return len(self._again) + len(self._ready) + blocked
 
     def knows(self, spec: str) -> bool:
         """Whether the spec is waiting or running."""
-        return spec in self._tasks
+        return spec in self._unsettled
 
-    def add(self, task: Task, *, settled: Iterable[str]) -> None:
-        """Take a task in.
+    def add(self, tasks: Sequence[Task], *, settled: Container[str]) -> None:
+        """Take tasks in that were proposed together; those of equal pack key become one pack.
+
+        A task that another one of them needs goes ahead in a pack of its own.
 
         Args:
-            task: A spec that is not known yet.
-            settled: The needs whose artifacts exist already.
+            tasks: Specs that are not known yet.
+            settled: Specs whose artifacts exist already.
         """
-        self._tasks[task.spec] = task
-        missing = set(task.needs) - set(settled)
+        self._unsettled.update(task.spec for task in tasks)
+        needed = _needs(tasks)
+        groups: dict[str, list[Task]] = {}
+        for task in tasks:
+            alone = task.pack_key is None or task.spec in needed
+            groups.setdefault(task.spec if alone else f"key {task.pack_key}", []).append(task)
+        for group in groups.values():
+            self._wait(self._pack(group), {need for need in _needs(group) if need not in settled})
+
+    def _wait(self, pack: Pack, missing: set[str]) -> None:
         if not missing:
-            self._enqueue(task)
+            self._enqueue(pack)
             return
-        self._missing[task.spec] = missing
+        self._blocked[pack.id] = (pack, missing)
         for need in missing:
-            self._dependents.setdefault(need, []).append(task.spec)
+            self._dependents.setdefault(need, []).append(pack.id)
 
-    def no_new_work(self) -> None:
-        """A trial was answered without computing anything (its spec had a result already)."""
-        self._undispatched -= 1
-
-    def pack_limit(self) -> int:
-        """Most trials of the next pack: a share of what is left, so that no worker ends up waiting long."""
-        return max(1, min(self._max_pack, self._undispatched // self._shares))
+    def _enqueue(self, pack: Pack) -> None:
+        (self._ready if pack.tasks[0].is_trial else self._prerequisites).append(pack)
 
     def next_pack(self) -> Pack | None:
         """The pack that an idle worker should run now; None if nothing can run yet."""
-        if self._again:
-            return self._again.popleft()
-        if self._prerequisites:
-            return self._pack([self._prerequisites.popleft()])
-        for key, queue in self._ready.items():
-            limit = self.pack_limit() if key else 1
-            tasks = [queue.popleft() for _ in range(min(limit, len(queue)))]
-            self._undispatched -= len(tasks)
-            if not queue:
-                del self._ready[key]
-            return self._pack(tasks)
+        for queue in (self._again, self._prerequisites, self._ready):
+            if queue:
+                return queue.popleft()
         return None
 
     def settle(self, spec: str) -> None:
         """A result of the spec was accepted; what waited for it may run."""
-        self._tasks.pop(spec, None)
-        for dependent in self._dependents.pop(spec, []):
-            missing = self._missing.get(dependent)
-            if missing is None:
-                continue
-            missing.discard(spec)
-            if not missing:
-                del self._missing[dependent]
-                self._enqueue(self._tasks[dependent])
+        self._unsettled.discard(spec)
+        for pack_id in self._dependents.pop(spec, []):
+            if pack_id in self._blocked:
+                pack, missing = self._blocked.pop(pack_id)
+                self._wait(pack, missing - {spec})
 
     def fail(self, spec: str) -> list[str]:
-        """The spec will have no artifact: it and all that need it, directly or not, are dropped.
+        """The spec will have no artifact: the tasks that need it, directly or not, are dropped.
 
         Returns:
-            Ids of the dropped dependents.
+            Specs of the dropped tasks.
         """
-        self._tasks.pop(spec, None)
-        dropped = []
-        for dependent in self._dependents.pop(spec, []):
-            if self._missing.pop(dependent, None) is not None:
-                self._undispatched -= self._tasks[dependent].is_trial
-                dropped += [dependent, *self.fail(dependent)]
-        return dropped
+        self._unsettled.discard(spec)
+        dropped: list[str] = []
+        for pack_id in self._dependents.pop(spec, []):
+            if pack_id in self._blocked:
+                pack, missing = self._blocked.pop(pack_id)
+                dropped += [task.spec for task in pack.tasks if spec in task.needs]
+                kept = tuple(task for task in pack.tasks if spec not in task.needs)
+                if kept:
+                    self._wait(Pack(id=pack.id, tasks=kept), missing & _needs(kept))
+        self._unsettled.difference_update(dropped)
+        return dropped + [further for one in dropped for further in self.fail(one)]
 
     def lost(self, pack: Pack) -> bool:
         """The pack's worker died. Its unsettled tasks run again, in the same company.
@@ -157,7 +153,7 @@ class Scheduler:
         """
         if pack.attempt >= self._max_attempts:
             return False
-        tasks = self._unsettled(pack)
+        tasks = self._left(pack)
         if tasks:
             self._again.append(Pack(id=pack.id, tasks=tasks, attempt=pack.attempt + 1))
         return True
@@ -170,18 +166,16 @@ class Scheduler:
         """
         if len(pack.tasks) == 1:
             return False
-        self._again.extend(self._pack([task]) for task in self._unsettled(pack))
+        self._again.extend(self._pack([task]) for task in self._left(pack))
         return True
 
-    def _unsettled(self, pack: Pack) -> tuple[Task, ...]:
-        return tuple(task for task in pack.tasks if task.spec in self._tasks)
-
-    def _enqueue(self, task: Task) -> None:
-        if not task.is_trial:
-            self._prerequisites.append(task)
-        else:
-            self._ready.setdefault(task.pack_key or "", deque()).append(task)
+    def _left(self, pack: Pack) -> tuple[Task, ...]:
+        return tuple(task for task in pack.tasks if task.spec in self._unsettled)
 
     def _pack(self, tasks: list[Task]) -> Pack:
         self._packs += 1
         return Pack(id=self._packs, tasks=tuple(tasks))
+
+
+def _needs(tasks: Iterable[Task]) -> set[str]:
+    return {need for task in tasks for need in task.needs}

@@ -29,7 +29,7 @@ class Artifact(NamedTuple):
 
 def write_artifact(folder: Path, tensors: Mapping[str, np.ndarray]) -> Artifact:
     """Store arrays once; equal content is one file. Raises OSError if the disk refuses."""
-    content = save_safetensors({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    content = save_safetensors({name: np.asarray(array, order="C") for name, array in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / "artifacts" / f"{digest[:32]}.safetensors"
     if not path.exists():

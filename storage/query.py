@@ -44,7 +44,10 @@ class Sweep:
                 statements = connection.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise SpecError("query takes one SELECT statement; the tables cannot be changed")
-                table: pa.Table = connection.sql(statements[0].query).to_arrow_table()
+                sql = statements[0].query.strip().removesuffix(";")
+                # DuckDB calls `WITH x AS (COPY ... TO ...) SELECT` a SELECT, but takes it at the top level only.
+                connection.sql(f"SELECT * FROM (\n{sql}\n)")
+                table: pa.Table = connection.sql(sql).to_arrow_table()
             except duckdb.Error as error:
                 raise SpecError(f"query: {str(error).splitlines()[0]}") from error
             return table
@@ -56,12 +59,14 @@ class Sweep:
 
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
         store = Store(self.folder)
-        folder = str((self.folder / "tables").resolve())
-        connection.execute("SET allowed_directories = [?]".replace("?", _quoted(folder)))
+        paths = {
+            table: [str((self.folder / file.path).resolve()) for file in store.files(table)] for table in TABLES
+        }
+        listed = ", ".join(_quoted(path) for table in TABLES for path in paths[table])
+        connection.execute(f"SET allowed_paths = [{listed}]")
         connection.execute("SET enable_external_access = false")
         for table, columns in TABLES.items():
-            paths = [str((self.folder / file.path).resolve()) for file in store.files(table)]
-            _define_stored(connection, table, columns, paths)
+            _define_stored(connection, table, columns, paths[table])
         self._define_trials(connection, store)
         connection.execute('CREATE VIEW attempts AS SELECT * FROM stored_attempts ORDER BY started, attempt')
         for table in RESULT_TABLES:

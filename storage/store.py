@@ -5,6 +5,7 @@ lists, so a death between writing a table and listing it leaves no half result.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +53,12 @@ class Store:
 
         Raises:
             OSError: If the disk refuses; nothing becomes visible then.
-            ValueError: If a spec already has a result.
+            ValueError: If a spec already has a result, or is given two.
         """
         parts = list(parts)
         results = [result for part in parts for result in part.results]
-        specs = [result.spec for result in results]
-        if doubled := sorted(self.results.keys() & set(specs)) or len(specs) != len(set(specs)):
+        times = Counter(result.spec for result in results)
+        if doubled := sorted(spec for spec, number in times.items() if number > 1 or spec in self.results):
             raise ValueError(f"results were already accepted for the specs {doubled}")
         own = [write_table(self.folder, table, rows) for table, rows in tables.items() if rows]
         files = [file for part in parts for file in part.files] + own

@@ -90,7 +90,9 @@ def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[i
         RAN.append(row.params)
         for need in requires(row.params):
             held = int(context.artifact(need)["value"][0])
-            assert held == row.params.source * (row.params.source_depth + 1), "not the artifact that was required"
+            assert held == row.params.source * (row.params.source_depth + 1), (
+                "not the artifact that was required"
+            )
         yield from ((index, outcome) for outcome in _outcomes(row.params))
 
 
@@ -140,9 +142,26 @@ def _rich(metrics: dict[str, dict[str, float]]) -> Outcome:
     return Outcome(
         metrics=metrics,
         tables={
-            "items": [{"split": "select", "item": 0, "prompt": NASTY, "name": "score", "value": math.nan, "label": None}],
+            "items": [
+                {
+                    "split": "select",
+                    "item": 0,
+                    "prompt": NASTY,
+                    "name": "score",
+                    "value": math.nan,
+                    "label": None,
+                }
+            ],
             "completions": [
-                {"split": "report", "item": 1, "prompt": "p", "text": NASTY, "tokens": 3, "nll": None, "repetition": 0.5}
+                {
+                    "split": "report",
+                    "item": 1,
+                    "prompt": "p",
+                    "text": NASTY,
+                    "tokens": 3,
+                    "nll": None,
+                    "repetition": 0.5,
+                }
             ],
             "vectors": [
                 {"name": "v", "layer": 2, "norm": 5.0, "vector": np.array([3.0, 4.0], dtype=np.float32)},

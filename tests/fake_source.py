@@ -40,7 +40,11 @@ def size(params: Params) -> Size:
 def requires(params: Params) -> Sequence[Requirement]:
     if params.depth == 0:
         return ()
-    return (Requirement(job=__name__, params=Params(value=params.value, depth=params.depth - 1, mode=params.mode)),)
+    return (
+        Requirement(
+            job=__name__, params=Params(value=params.value, depth=params.depth - 1, mode=params.mode)
+        ),
+    )
 
 
 def check(params: Params) -> None:
@@ -64,4 +68,7 @@ def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[i
             continue
         tensors = {} if mode == "empty" else {"value": np.array([params.value + under], dtype=np.float32)}
         splits = ("extract",) if params.mode == "unmeasured" else ("extract", "select")
-        yield index, Outcome(metrics={split: {"value": params.value + under} for split in splits}, tensors=tensors)
+        yield (
+            index,
+            Outcome(metrics={split: {"value": params.value + under} for split in splits}, tensors=tensors),
+        )

@@ -1,15 +1,19 @@
 """Fakes that obey the contracts of pool and progress, without Ray and without a model."""
 
+import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jobs.spec import ModelRef
 from orchestrator.pool import Event, Order, Report
 from orchestrator.progress import Tally
 from orchestrator.worker import Worker
+from storage.parquet import write_table
+from storage.query import Sweep, open_sweep
+from storage.store import Part, Store, StoredResult
 from tests.fake_job import Died
 
 MODEL = ModelRef(id="no-model")
@@ -22,6 +26,69 @@ class Stopped(Exception):
 def load_nothing(ref: ModelRef, *, device: str, token_budget: int) -> Any:
     """A replica for jobs that need none."""
     return None
+
+
+class StoredTrial(NamedTuple):
+    """A trial that has ended, for `write_sweep`."""
+
+    params: dict[str, Any]
+    metrics: dict[str, dict[str, float | None]]
+    state: str = "completed"
+    spec: str | None = None
+
+
+def write_sweep(
+    folder: Path,
+    trials: Sequence[StoredTrial],
+    *,
+    objectives: Mapping[str, str],
+    parameters: Mapping[str, str] | None = None,
+) -> Sweep:
+    """Store trials as a driver and its workers would; trials of one spec share the first one's result.
+
+    Args:
+        folder: A new sweep's folder.
+        trials: What has ended, in order.
+        objectives: Metric -> direction.
+        parameters: Parameter -> SQL type.
+    """
+    folder.mkdir(exist_ok=True)
+    identity = {
+        "sweep": "numbers-12345678",
+        "parameters": dict(parameters or {}),
+        "objectives": [
+            {"metric": metric, "direction": direction} for metric, direction in objectives.items()
+        ],
+    }
+    (folder / "sweep.json").write_text(json.dumps(identity))
+    first: dict[str, int] = {}
+    metrics: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    results: list[StoredResult] = []
+    for number, trial in enumerate(trials):
+        spec = trial.spec or f"spec{number}"
+        earlier = first.setdefault(spec, number)
+        reason = None if trial.state == "completed" else f"was {trial.state}"
+        rows.append(
+            {
+                "trial": number,
+                "spec": spec,
+                "state": trial.state,
+                "reason": reason,
+                "reused_from": None if earlier == number else earlier,
+                "params": json.dumps(trial.params),
+            }
+        )
+        if earlier == number:
+            results.append(StoredResult(spec, trial.state, reason))
+            metrics += [
+                {"spec": spec, "split": split, "name": name, "value": value}
+                for split, values in trial.metrics.items()
+                for name, value in values.items()
+            ]
+    files = (write_table(folder, "metrics", metrics),) if metrics else ()
+    Store(folder).commit([Part(files, tuple(results))], trials=rows)
+    return open_sweep(folder)
 
 
 class InlinePool:

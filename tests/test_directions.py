@@ -214,7 +214,7 @@ class _Listening(Replica):
 
 
 def _hidden_states(ids: list[int]) -> np.ndarray:
-    """Block outputs of one text alone, (layers, tokens, hidden), from a deeper model: the last comes out normed."""
+    """Block outputs of one text alone, (layers, tokens, hidden); of a deeper model, as the last is normed."""
     deeper = tiny_model("llama", layers=LAYERS + 1)
     with torch.inference_mode():
         states = deeper(torch.tensor([ids]), output_hidden_states=True).hidden_states

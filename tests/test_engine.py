@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.engine.batches import micro_batches
 from jobs.engine.blocks import find_blocks

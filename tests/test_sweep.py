@@ -30,7 +30,10 @@ from storage.store import Store
 from tests import fake_job, fake_source
 from tests.fakes import InlinePool, SilentProgress, Stopped
 
-OBJECTIVES = (Objective(metric="total", direction="maximize"), Objective(metric="square", direction="minimize"))
+OBJECTIVES = (
+    Objective(metric="total", direction="maximize"),
+    Objective(metric="square", direction="minimize"),
+)
 NUMBERS = {"x": Grid([1, 2, 3, 4, 5, 6]), "group": Grid(["a", "b"])}
 
 
@@ -86,7 +89,9 @@ def drive(
 
 
 def open_sampler(folder: Path, space: Space, name: str | None = None) -> OptunaSampler:
-    return OptunaSampler(space, name=name or space.sampler, seed=0, journal=folder / "optuna.journal", study="study")
+    return OptunaSampler(
+        space, name=name or space.sampler, seed=0, journal=folder / "optuna.journal", study="study"
+    )
 
 
 def trials_of(folder: Path) -> list[dict[str, Any]]:
@@ -193,7 +198,9 @@ def test_later_proposals_of_a_pack_hold_what_the_job_packs_by_and_the_ledger_say
     assert 1 < len(free) < 16
     for trial in asked:
         if trial.fixed:
-            leader = max((other for other in free if other.trial < trial.trial), key=lambda other: other.trial)
+            leader = max(
+                (other for other in free if other.trial < trial.trial), key=lambda other: other.trial
+            )
             assert trial.fixed == ("group",)
             assert trial.params["group"] == leader.params["group"]
 
@@ -224,7 +231,11 @@ def test_a_row_that_breaks_its_pack_fails_alone_and_the_others_run_again(tmp_pat
     for row in trials_of(tmp_path):
         assert row["state"] == ("completed" if row["mode"] == "ok" else "failed")
         assert row["reason"] is None or ("lost" not in row["reason"] and "\n" not in row["reason"])
-    broken = [order for order in pool.orders if len(order.rows) > 1 and any(row.params["mode"] == mode for row in order.rows)]
+    broken = [
+        order
+        for order in pool.orders
+        if len(order.rows) > 1 and any(row.params["mode"] == mode for row in order.rows)
+    ]
     assert broken
     alone = Counter(order.rows[0].spec for order in pool.orders if len(order.rows) == 1)
     assert set(alone.values()) == {1}, "a job's own fault is not retried"
@@ -295,7 +306,9 @@ def test_tables_and_tensors_of_a_row_come_back_under_its_trial(tmp_path: Path) -
     ]
     [vector] = sweep.rows("SELECT * FROM vectors WHERE trial = 1")
     assert (vector["vector"], vector["layer"]) == ([3.0, 4.0], 2)
-    assert sweep.rows("SELECT DISTINCT prompt, value FROM items") == [{"prompt": fake_job.NASTY, "value": None}]
+    assert sweep.rows("SELECT DISTINCT prompt, value FROM items") == [
+        {"prompt": fake_job.NASTY, "value": None}
+    ]
     hashes = sweep.rows("SELECT trial, hash FROM artifacts ORDER BY trial")
     assert [row["trial"] for row in hashes] == [0, 1]
     assert hashes[0]["hash"] == hashes[1]["hash"], "equal tensors are one artifact"
@@ -313,14 +326,19 @@ def test_prerequisites_run_once_and_first_and_are_no_trials(tmp_path: Path) -> N
     attempts = sweep.rows("SELECT * FROM attempts WHERE job = 'tests.fake_source'")
     assert len(attempts) == 4
     assert all(row["trial"] is None and row["state"] == "ok" for row in attempts)
-    assert sweep.rows("SELECT count(*) AS n FROM artifacts WHERE trial IS NULL AND job = 'tests.fake_source'") == [{"n": 4}]
+    assert sweep.rows(
+        "SELECT count(*) AS n FROM artifacts WHERE trial IS NULL AND job = 'tests.fake_source'"
+    ) == [{"n": 4}]
     assert len(study_of(tmp_path)) == 8
 
 
 @pytest.mark.parametrize("mode", ["raise", "fail", "empty"])
-def test_a_prerequisite_that_fails_fails_all_that_need_it_by_name_and_nothing_else(tmp_path: Path, mode: str) -> None:
+def test_a_prerequisite_that_fails_fails_all_that_need_it_by_name_and_nothing_else(
+    tmp_path: Path, mode: str
+) -> None:
     space = make_space(
-        {"x": Grid([1, 2]), "source": Grid([0, 5]), "source_mode": Grid(["ok", mode])}, fixed={"source_depth": 2}
+        {"x": Grid([1, 2]), "source": Grid([0, 5]), "source_mode": Grid(["ok", mode])},
+        fixed={"source_depth": 2},
     )
     tally, _ = drive(tmp_path, space, trials=8, workers=1)
     check_ended(tmp_path, space, trials=8)
@@ -349,7 +367,9 @@ def test_a_trial_that_others_require_is_computed_once_in_any_order(
     space = dataclasses.replace(space, job="tests.fake_source")
     drive(tmp_path, space, trials=3, workers=1)
     assert sorted(params.depth for params in fake_source.RAN) == [0, 1, 2]
-    assert [(row["depth"], row["state"]) for row in trials_of(tmp_path)] == [(depth, state) for depth in depths]
+    assert [(row["depth"], row["state"]) for row in trials_of(tmp_path)] == [
+        (depth, state) for depth in depths
+    ]
     if mode == "ok":
         assert [trial.values for trial in study_of(tmp_path)] == [[3.0 * (depth + 1)] for depth in depths]
 
@@ -403,7 +423,11 @@ def test_equal_configurations_run_once_and_name_the_first(tmp_path: Path) -> Non
     for row in reused:
         first = by_number[row["reused_from"]]
         assert first["reused_from"] is None
-        assert (first["state"], first["reason"], first["params"]) == (row["state"], row["reason"], row["params"])
+        assert (first["state"], first["reason"], first["params"]) == (
+            row["state"],
+            row["reason"],
+            row["params"],
+        )
 
 
 def test_configurations_that_mean_the_same_work_share_one_result(tmp_path: Path) -> None:
@@ -412,8 +436,17 @@ def test_configurations_that_mean_the_same_work_share_one_result(tmp_path: Path)
     check_ended(tmp_path, space, trials=6)
     assert sorted((params.x, params.y) for params in fake_job.RAN) == [(0, 0.0), (1, 1.0), (1, 2.0), (1, 3.0)]
     sweep = open_sweep(tmp_path)
-    totals = sweep.rows("SELECT trial, value FROM metrics WHERE name = 'total' AND split = 'select' ORDER BY trial")
-    assert [(row["trial"], row["value"]) for row in totals] == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 3), (5, 4)]
+    totals = sweep.rows(
+        "SELECT trial, value FROM metrics WHERE name = 'total' AND split = 'select' ORDER BY trial"
+    )
+    assert [(row["trial"], row["value"]) for row in totals] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (3, 2),
+        (4, 3),
+        (5, 4),
+    ]
 
 
 @pytest.mark.usefixtures("reports")
@@ -450,8 +483,12 @@ def test_a_pack_that_keeps_killing_its_workers_is_given_up_with_the_reason(tmp_p
             assert row["reason"].startswith("lost: 3 workers died")
             assert "told to die" in row["reason"]
             assert tries[row["spec"]] == 3
-    states = open_sweep(tmp_path).rows("SELECT spec, count(*) AS n FROM attempts WHERE state = 'lost' GROUP BY spec")
-    assert {row["n"] for row in states if row["spec"] in {r["spec"] for r in rows if r["mode"] == "die"}} == {3}
+    states = open_sweep(tmp_path).rows(
+        "SELECT spec, count(*) AS n FROM attempts WHERE state = 'lost' GROUP BY spec"
+    )
+    assert {row["n"] for row in states if row["spec"] in {r["spec"] for r in rows if r["mode"] == "die"}} == {
+        3
+    }
 
 
 def test_a_prerequisite_that_kills_its_workers_fails_its_dependents(tmp_path: Path) -> None:
@@ -463,11 +500,15 @@ def test_a_prerequisite_that_kills_its_workers_fails_its_dependents(tmp_path: Pa
     assert len(pool.orders) == 3
 
 
-def test_a_result_is_stored_before_the_sampler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_stored_before_the_sampler_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tell = OptunaSampler.tell
     told = []
 
-    def checked(self: OptunaSampler, trial: int, values: Sequence[float] | None, *, failed: bool = False) -> None:
+    def checked(
+        self: OptunaSampler, trial: int, values: Sequence[float] | None, *, failed: bool = False
+    ) -> None:
         assert trial in {row["trial"] for row in Store(tmp_path).rows("trials")}
         told.append(trial)
         tell(self, trial, values, failed=failed)
@@ -479,7 +520,9 @@ def test_a_result_is_stored_before_the_sampler_is_told(tmp_path: Path, monkeypat
 
 def test_everyone_who_listens_hears_of_every_trial(tmp_path: Path) -> None:
     heard: list[int] = []
-    drive(tmp_path, make_space(), trials=12, on_result=lambda: heard.append(len(Store(tmp_path).rows("trials"))))
+    drive(
+        tmp_path, make_space(), trials=12, on_result=lambda: heard.append(len(Store(tmp_path).rows("trials")))
+    )
     assert len(heard) == 12
     assert heard == sorted(heard)
 
@@ -487,7 +530,9 @@ def test_everyone_who_listens_hears_of_every_trial(tmp_path: Path) -> None:
 def test_the_best_so_far_is_the_best_of_the_first_objective(tmp_path: Path) -> None:
     tally, _ = drive(tmp_path / "max", make_space({"x": Grid([3, 9, 1])}), trials=3)
     assert tally.best == "total 9 (trial 1)"
-    tally, _ = drive(tmp_path / "min", make_space({"x": Grid([3, 9, -2])}, objectives=OBJECTIVES[1:]), trials=3)
+    tally, _ = drive(
+        tmp_path / "min", make_space({"x": Grid([3, 9, -2])}, objectives=OBJECTIVES[1:]), trials=3
+    )
     assert tally.best == "square 4 (trial 2)"
 
 
@@ -526,17 +571,24 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     "grid": Scenario(make_space({"x": Grid([0, 1, 2, 3]), "y": Grid([1.0, 2.0])}), 8, {}),
     "prerequisites and failures": Scenario(
-        make_space({"mode": Grid(["ok", "fail", "raise", "nan"]), "x": Grid([1, 2])}, fixed={"source": 5}), 8, {2: "after"}
+        make_space({"mode": Grid(["ok", "fail", "raise", "nan"]), "x": Grid([1, 2])}, fixed={"source": 5}),
+        8,
+        {2: "after"},
     ),
     "random with duplicates": Scenario(
-        make_space({"x": Int(low=0, high=2), "y": Grid([1.0, 2.0])}, sampler="random", trials=10), 10, {1: "before"}
+        make_space({"x": Int(low=0, high=2), "y": Grid([1.0, 2.0])}, sampler="random", trials=10),
+        10,
+        {1: "before"},
     ),
 }
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:
     """What a sweep is worth in the end: every trial's parameters and state, and every metric."""
-    rows = [{key: row[key] for key in ("trial", "spec", "state", "reason", "reused_from", "params")} for row in trials_of(folder)]
+    rows = [
+        {key: row[key] for key in ("trial", "spec", "state", "reason", "reused_from", "params")}
+        for row in trials_of(folder)
+    ]
     return {"trials": rows, "metrics": metrics_of(folder)}
 
 

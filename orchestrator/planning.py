@@ -1,0 +1,54 @@
+"""From a proposal to the specs that have to be computed for it. No I/O beyond hashing datasets, no state."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.resolve import load_job, make_params, make_spec
+from jobs.spec import Requirement, Spec
+from orchestrator.config import RunConfig
+from orchestrator.scheduler import Task
+from search_spaces.base import Space
+
+
+class Planner:
+    """Knows what a space's parameters mean as specs.
+
+    Args:
+        space: What is tried.
+        config: The model and the seed.
+    """
+
+    def __init__(self, space: Space, config: RunConfig) -> None:
+        self._space = space
+        self._config = config
+
+    def spec(self, params: Mapping[str, Any]) -> Spec:
+        """What has to be computed for a proposal."""
+        values = {**self._space.fixed, **params}
+        requirement = Requirement(job=self._space.job, params=make_params(self._space.job, values))
+        return make_spec(requirement, model=self._config.model_ref, seed=self._config.seed)
+
+    def needs(self, spec: Spec) -> dict[str, Spec]:
+        """What the spec's job requires, by requirement key."""
+        return {
+            requirement.key: make_spec(requirement, model=spec.model, seed=self._config.seed)
+            for requirement in load_job(spec.job).requires(make_params(spec.job, spec.params))
+        }
+
+    def shared(self) -> list[str]:
+        """Parameters that the space varies and that the rows of one pack must share."""
+        return [name for name in load_job(self._space.job).PACK_BY or () if name in self._space.parameters]
+
+
+def make_task(spec: Spec, needs: Mapping[str, Spec], *, is_trial: bool) -> Task:
+    """The spec as the scheduler sees it."""
+    pack_by = load_job(spec.job).PACK_BY
+    shared = None if pack_by is None else json.dumps([spec.job, [spec.params[name] for name in pack_by]])
+    return Task(
+        spec=spec.id,
+        job=spec.job,
+        pack_key=shared,
+        needs=frozenset(need.id for need in needs.values()),
+        is_trial=is_trial,
+    )

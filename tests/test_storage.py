@@ -1,0 +1,600 @@
+"""What is kept: whole files or none, rows as they were given, results once, and queries that change nothing."""
+
+import errno
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from jobs.errors import SpecError, SteersweepError
+from jobs.spec import ModelRef, Spec
+from storage.artifacts import read_artifact, write_artifact
+from storage.durable import Log, publish, read_log
+from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
+from storage.parquet import read_rows, write_table
+from storage.query import Sweep, open_sweep
+from storage.schema import TABLES
+from storage.store import Part, Store, StoredResult
+from tests.fakes import StoredTrial, write_sweep
+
+ROOT = Path(__file__).parents[1]
+ANY_EXAMPLE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""For tests in which no example can disturb the next one in the same folder."""
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refuse_fsync(file: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def metric(spec: str, value: float, split: str = "select") -> dict[str, Any]:
+    return {"spec": spec, "split": split, "name": "total", "value": value}
+
+
+def test_a_published_file_holds_its_content_and_replaces_an_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    publish(path, b"old")
+    publish(path, b"")
+    assert path.read_bytes() == b""
+    publish(path, b"new")
+    assert files_under(tmp_path) == {"new/folder/file": b"new"}
+
+
+def test_publishing_on_a_full_disk_leaves_nothing_behind_and_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "old", b"whole")
+    monkeypatch.setattr(os, "fsync", refuse_fsync)
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            publish(tmp_path / name, b"half")
+    assert files_under(tmp_path) == {"old": b"whole"}
+
+
+def test_publishing_is_undone_when_the_driver_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "file", b"half")
+    assert files_under(tmp_path) == {}
+
+
+def test_a_file_that_the_system_cuts_short_is_not_published(tmp_path: Path) -> None:
+    # A real refusal in the middle of the write, not one that a test injects.
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from storage.durable import publish\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "publish(Path(sys.argv[1]) / 'small', b'x' * 1000)\n"
+        "try:\n"
+        "    publish(Path(sys.argv[1]) / 'large', b'x' * 1001)\n"
+        "except OSError as error:\n"
+        "    sys.exit(error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == errno.EFBIG
+    assert files_under(tmp_path) == {"small": b"x" * 1000}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+EVENTS = st.lists(st.dictionaries(st.text(), JSON, max_size=4), min_size=1, max_size=5)
+
+
+@ANY_EXAMPLE
+@given(events=EVENTS, later=EVENTS, data=st.data())
+def test_a_log_torn_anywhere_in_its_last_line_keeps_all_that_came_before(
+    tmp_path: Path, events: list[dict[str, Any]], later: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    path = tmp_path / "log"
+    path.unlink(missing_ok=True)
+    log = Log(path)
+    log.append(*events[:-1])
+    before = path.stat().st_size
+    log.append(events[-1])
+    assert list(read_log(path)) == events
+    cut = data.draw(st.integers(before, path.stat().st_size - 1))
+    with path.open("r+b") as file:
+        file.truncate(cut)
+    assert list(read_log(path)) == events[:-1], "a reader needs no repair first"
+    Log(path).append(*later)
+    assert list(read_log(path)) == [*events[:-1], *later]
+
+
+def test_a_log_that_does_not_exist_has_no_events(tmp_path: Path) -> None:
+    assert list(read_log(tmp_path / "log")) == []
+
+
+TEXT = st.text() | st.text(alphabet="\x00\x07\r\n\t\x1b\x9b\u2028\u202e'\"\\;👩‍🔬🎉é")
+ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "spec": st.none() | TEXT,
+        "split": st.none() | TEXT,
+        "item": st.none() | st.integers(-(2**63), 2**63 - 1),
+        "prompt": st.none() | TEXT,
+        "value": st.none() | st.floats(),
+    },
+)
+
+
+@ANY_EXAMPLE
+@given(rows=st.lists(ITEM, max_size=6))
+def test_rows_come_back_as_they_were_written_but_for_numbers_that_are_none(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    file = write_table(tmp_path, "items", rows)
+    assert file.rows == len(rows)
+    names = [column.name for column in TABLES["items"]]
+    wanted = [{name: row.get(name) for name in names} for row in rows]
+    for row in wanted:
+        if row["value"] is not None and not math.isfinite(row["value"]):
+            row["value"] = None
+    assert read_rows(tmp_path, "items", [file]) == wanted
+
+
+@ANY_EXAMPLE
+@given(vector=arrays.arrays(np.float32, st.integers(0, 20), elements=st.floats(width=32, allow_nan=False)))
+def test_vectors_come_back_bit_equal_from_lists_and_from_arrays(tmp_path: Path, vector: np.ndarray) -> None:
+    for given_as in (vector, vector.tolist()):
+        file = write_table(tmp_path, "vectors", [{"name": "v", "layer": 3, "vector": given_as}])
+        [row] = read_rows(tmp_path, "vectors", [file])
+        assert np.array_equal(np.array(row["vector"], dtype=np.float32), vector)
+
+
+def test_files_of_a_table_are_read_in_the_order_of_the_list_and_others_left_out(tmp_path: Path) -> None:
+    first = write_table(tmp_path, "metrics", [metric("a", 1.0), metric("b", 2.0)])
+    second = write_table(tmp_path, "metrics", [metric("c", 3.0)])
+    other = write_table(tmp_path, "items", [{"spec": "d"}])
+    for files, specs in (((first, second, other), "abc"), ((other, second, first), "cab")):
+        assert [row["spec"] for row in read_rows(tmp_path, "metrics", files)] == list(specs)
+
+
+def test_a_column_or_table_that_the_schema_lacks_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match=r"metrics has no columns \['valeu'\].*value"):
+        write_table(tmp_path, "metrics", [metric("a", 1.0), {"spec": "a", "valeu": 1.0}])
+    with pytest.raises(KeyError, match=r"no table 'metric'.*metrics"):
+        write_table(tmp_path, "metric", [metric("a", 1.0)])
+    assert files_under(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"item": "one"}, {"prompt": 1}, {"value": "much"}, {"prompt": "half a pair \ud800"}, {"item": 2**63}],
+)
+def test_a_value_that_does_not_fit_its_column_is_refused_and_nothing_written(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        write_table(tmp_path, "items", [{"item": 0}, row])
+    assert files_under(tmp_path) == {}
+
+
+def test_a_table_on_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse_fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(tmp_path, "metrics", [metric("a", 1.0)])
+    assert files_under(tmp_path) == {}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_other_readers_find_unit_and_meaning_of_every_column_in_the_file(tmp_path: Path, table: str) -> None:
+    file = write_table(tmp_path, table, [])
+    schema = pq.read_schema(tmp_path / file.path)
+    assert schema.names == [column.name for column in TABLES[table]]
+    for column in TABLES[table]:
+        metadata = schema.field(column.name).metadata
+        assert metadata[b"meaning"].decode() == column.meaning != ""
+        assert metadata[b"unit"].decode() == column.unit
+
+
+def test_only_files_that_the_manifest_lists_are_visible(tmp_path: Path) -> None:
+    sweep = write_sweep(
+        tmp_path, [StoredTrial({}, {"select": {"total": 1.0}})], objectives={"total": "maximize"}
+    )
+    write_table(tmp_path, "metrics", [metric("stranger", 9.0)])
+    write_table(tmp_path, "items", [{"spec": "stranger"}])
+    (tmp_path / "tables" / "metrics" / ".half.parquet.1234").write_bytes(b"half")
+    (tmp_path / "manifest" / ".00000001.json.1234").write_bytes(b"half")
+    assert [row["spec"] for row in Store(tmp_path).rows("metrics")] == ["spec0"]
+    assert sweep.rows("SELECT spec FROM metrics") == [{"spec": "spec0"}]
+    assert sweep.rows("SELECT * FROM items") == []
+
+
+def test_a_commit_becomes_visible_at_once_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.commit([], trials=[{"trial": 0, "spec": "old"}])
+    part = Part(
+        (write_table(tmp_path, "metrics", [metric("new", 1.0)]),), (StoredResult("new", "completed", None),)
+    )
+    fsync = os.fsync
+
+    def attempt(allowed: int) -> None:
+        calls = iter(range(allowed))
+        monkeypatch.setattr(
+            os, "fsync", lambda file: fsync(file) if next(calls, None) is not None else refuse_fsync(file)
+        )
+        store.commit([part], trials=[{"trial": 1, "spec": "new"}], attempts=[{"attempt": "a", "spec": "new"}])
+
+    for allowed in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            attempt(allowed)
+        for seen in (store, Store(tmp_path)):
+            assert [row["spec"] for row in seen.rows("trials")] == ["old"]
+            assert seen.rows("metrics") == seen.rows("attempts") == []
+            assert seen.results == {}
+    attempt(3)
+    for seen in (store, Store(tmp_path)):
+        assert [row["spec"] for row in seen.rows("trials")] == ["old", "new"]
+        assert [row["value"] for row in seen.rows("metrics")] == [1.0]
+        assert seen.results == {"new": StoredResult("new", "completed", None)}
+
+
+def test_a_result_is_accepted_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    result = StoredResult("a", "completed", None)
+    store.commit([Part((), (result,))])
+    before = files_under(tmp_path)
+    for again in (store, Store(tmp_path)):
+        with pytest.raises(ValueError, match=r"already accepted.*'a'"):
+            again.commit([Part((), (StoredResult("b", "failed", "x"), result))], trials=[{"trial": 1}])
+    with pytest.raises(ValueError, match=r"already accepted.*'c'"):
+        store.commit(
+            [Part((), (StoredResult("c", "completed", None),)), Part((), (StoredResult("c", "failed", "x"),))]
+        )
+    assert files_under(tmp_path) == before
+    assert store.results == {"a": result}
+
+
+def test_a_commit_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    Store(tmp_path).commit([Part((), ())], trials=[], attempts=[])
+    assert files_under(tmp_path) == {}
+
+
+def test_more_commits_than_the_file_names_have_digits_stay_in_order(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(12):
+        store.commit([], trials=[{"trial": number}])
+    assert [row["trial"] for row in Store(tmp_path).rows("trials")] == list(range(12))
+
+
+TENSORS = st.dictionaries(
+    st.text(alphabet="abcdef", min_size=1),
+    arrays.arrays(
+        st.sampled_from([np.float32, np.float64, np.int64]),
+        arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+        elements=st.integers(-5, 5),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@ANY_EXAMPLE
+@given(tensors=TENSORS)
+def test_arrays_come_back_equal_and_read_only(tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    artifact = write_artifact(tmp_path, tensors)
+    found = read_artifact(tmp_path, artifact)
+    assert found.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert np.array_equal(found[name], array)
+        with pytest.raises(ValueError, match="read-only"):
+            found[name][...] = 0
+
+
+def test_equal_content_is_one_file_and_other_content_another(tmp_path: Path) -> None:
+    square = np.arange(6, dtype=np.float32).reshape(2, 3)
+    first = write_artifact(tmp_path, {"a": square, "b": square[:, ::2]})
+    second = write_artifact(tmp_path, {"b": square[:, ::2].copy(), "a": np.asfortranarray(square)})
+    other = write_artifact(tmp_path, {"a": square, "b": square[:, 1:]})
+    assert first == second != other
+    assert len(files_under(tmp_path)) == 2
+    assert first.bytes == (tmp_path / first.path).stat().st_size
+
+
+def test_an_artifact_that_is_not_what_was_stored_is_refused(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)})
+    path = tmp_path / artifact.path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x01")
+    with pytest.raises(SteersweepError, match="has changed since it was stored"):
+        read_artifact(tmp_path, artifact)
+    path.write_bytes(content[:-3])
+    with pytest.raises(SteersweepError, match="has changed since it was stored"):
+        read_artifact(tmp_path, artifact)
+    path.unlink()
+    with pytest.raises(SteersweepError, match=r"is gone; run .*resume"):
+        read_artifact(tmp_path, artifact)
+    assert write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)}) == artifact
+    read_artifact(tmp_path, artifact)
+
+
+def test_an_artifact_on_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse_fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)})
+    assert files_under(tmp_path) == {}
+
+
+def asked(trial: int, **params: Any) -> Asked:
+    spec = Spec(job="tests.fake_job", code="c", params=params, model=ModelRef(id="m"), data={}, seed=0)
+    return Asked(trial=trial, params=params, spec=spec, seen=trial, fixed=("x",) if trial else ())
+
+
+def test_the_ledger_gives_back_what_was_asked_and_what_was_dispatched(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    proposals = [asked(0, x=1, mode="👩‍🔬\n"), asked(1, x=2.5), asked(2, x=True)]
+    ledger.asked(proposals[:2])
+    ledger.dispatched("a1", "worker-0", ["s1", "s2"])
+    ledger.asked(proposals[2:])
+    ledger.dispatched("a2", "worker-1", ["s2", "s3"])
+    assert read_asked(tmp_path) == proposals
+    assert [trial.spec.id for trial in read_asked(tmp_path)] == [trial.spec.id for trial in proposals]
+    assert read_dispatched(tmp_path) == {"s1", "s2", "s3"}
+
+
+def test_a_torn_line_of_the_ledger_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.asked([asked(0, x=1), asked(1, x=2)])
+    content = ledger_path(tmp_path).read_bytes()
+    for cut in range(content.index(b"\n") + 1, len(content)):
+        ledger_path(tmp_path).write_bytes(content[:cut])
+        assert read_asked(tmp_path) == [asked(0, x=1)]
+    Ledger(tmp_path).asked([asked(1, x=3)])
+    assert read_asked(tmp_path) == [asked(0, x=1), asked(1, x=3)]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """Two ended trials, one that shares a result, an infeasible one, a running and a waiting one, a baseline."""
+    folder = tmp_path / "sweep"
+    trials = [
+        StoredTrial(
+            {"x": 1, "y": 0.5, "mode": "a'b", "on": True},
+            {"select": {"total": 1.0}, "report": {"total": 2.0}},
+        ),
+        StoredTrial({"x": 2, "y": 2, "mode": '"q"', "on": False}, {"select": {"total": 3.0}}, spec="shared"),
+        StoredTrial({"x": 3, "y": -1e-30, "mode": "", "on": True}, {}, spec="shared"),
+        StoredTrial(
+            {"x": 4, "y": 1.0, "mode": "é", "on": True}, {"select": {"total": None}}, state="infeasible"
+        ),
+    ]
+    write_sweep(
+        folder,
+        trials,
+        objectives={"total": "maximize"},
+        parameters={"x": "BIGINT", "y": "DOUBLE", "mode": "VARCHAR", "on": "BOOLEAN"},
+    )
+    baseline = write_table(folder, "metrics", [metric("baseline", 7.0)])
+    tensors = write_artifact(folder, {"a": np.zeros(2, dtype=np.float32)})
+    listed = {
+        "spec": "baseline",
+        "job": "j",
+        "hash": tensors.sha256,
+        "path": tensors.path,
+        "bytes": tensors.bytes,
+    }
+    part = Part(
+        (baseline, write_table(folder, "artifacts", [listed])), (StoredResult("baseline", "completed", None),)
+    )
+    Store(folder).commit(
+        [part], attempts=[{"attempt": "a", "trial": None, "spec": "baseline", "state": "ok"}]
+    )
+    open_trials = [asked(4, x=5, y=0.0, mode="n", on=False), asked(5, x=6, y=0.0, mode="n", on=False)]
+    ledger = Ledger(folder)
+    ledger.asked([asked(0, x=1), *open_trials])
+    ledger.dispatched("b", "worker-0", [open_trials[0].spec.id])
+    return open_sweep(folder)
+
+
+def test_trials_have_a_typed_column_for_each_parameter(sweep: Sweep) -> None:
+    described = {row["column_name"]: row["column_type"] for row in sweep.rows("DESCRIBE trials")}
+    assert [described[name] for name in ("x", "y", "mode", "on")] == [
+        "BIGINT",
+        "DOUBLE",
+        "VARCHAR",
+        "BOOLEAN",
+    ]
+    assert sweep.rows('SELECT x, y, mode, "on" FROM trials WHERE trial < 4 ORDER BY trial') == [
+        {"x": 1, "y": 0.5, "mode": "a'b", "on": True},
+        {"x": 2, "y": 2.0, "mode": '"q"', "on": False},
+        {"x": 3, "y": -1e-30, "mode": "", "on": True},
+        {"x": 4, "y": 1.0, "mode": "é", "on": True},
+    ]
+
+
+def test_trials_that_have_not_ended_are_waiting_or_running(sweep: Sweep) -> None:
+    states = sweep.rows("SELECT trial, state, x FROM trials ORDER BY trial")
+    assert [row["state"] for row in states] == [
+        "completed",
+        "completed",
+        "completed",
+        "infeasible",
+        "running",
+        "waiting",
+    ]
+    assert [row["x"] for row in states] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_belongs_to_no_trial_has_a_null_trial(sweep: Sweep) -> None:
+    assert sweep.rows("SELECT spec, value FROM metrics WHERE trial IS NULL") == [
+        {"spec": "baseline", "value": 7.0}
+    ]
+    assert sweep.rows("SELECT spec, trial FROM artifacts") == [{"spec": "baseline", "trial": None}]
+    assert sweep.rows("SELECT spec, trial FROM attempts") == [{"spec": "baseline", "trial": None}]
+
+
+def test_trials_that_share_a_result_each_have_its_rows(sweep: Sweep) -> None:
+    assert sweep.rows("SELECT trial, value FROM metrics WHERE spec = 'shared' ORDER BY trial") == [
+        {"trial": 1, "value": 3.0},
+        {"trial": 2, "value": 3.0},
+    ]
+    assert sweep.rows("SELECT trial, reused_from FROM trials WHERE reused_from IS NOT NULL") == [
+        {"trial": 2, "reused_from": 1}
+    ]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    ["SELECT 1 AS a", "SELECT 1 AS a;", " SELECT 1 AS a ; ", "SELECT 1 AS a -- why", "FROM (VALUES (1)) t(a)",
+     "WITH b AS (SELECT 1 AS a) SELECT a FROM b", "SELECT a FROM (SELECT unnest([3, 1, 2]) AS a) ORDER BY a LIMIT 1"],
+)  # fmt: skip
+def test_any_single_select_is_answered(sweep: Sweep, sql: str) -> None:
+    assert sweep.rows(sql) == [{"a": 1}]
+
+
+def test_the_order_that_a_query_asks_for_is_kept(sweep: Sweep) -> None:
+    assert [row["trial"] for row in sweep.rows("SELECT trial FROM trials ORDER BY trial DESC")] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "table", ["trials", "attempts", "metrics", "items", "completions", "vectors", "artifacts"]
+)
+def test_every_table_can_be_asked_before_there_is_anything(tmp_path: Path, table: str) -> None:
+    empty = write_sweep(tmp_path, [], objectives={"total": "maximize"}, parameters={"x": "BIGINT"})
+    full = write_sweep(
+        tmp_path / "full",
+        [StoredTrial({"x": 1}, {"select": {"total": 1.0}})],
+        objectives={"total": "maximize"},
+        parameters={"x": "BIGINT"},
+    )
+    assert empty.rows(f"SELECT * FROM {table}") == []
+    assert empty.rows(f"DESCRIBE {table}") == full.rows(f"DESCRIBE {table}")
+
+
+CHANGES = (
+    "INSERT INTO open_trials (trial) VALUES (9)",
+    "UPDATE open_trials SET trial = 9",
+    "DELETE FROM open_trials",
+    "DROP VIEW trials",
+    "CREATE TABLE mine AS SELECT 1",
+    "ALTER TABLE open_trials ADD COLUMN a INTEGER",
+    "COPY trials TO '{folder}/tables/mine.parquet'",
+    "COPY trials TO '{outside}/mine.csv'",
+    "EXPORT DATABASE '{outside}/all'",
+    "ATTACH '{outside}/mine.db'",
+    "ATTACH '{folder}/tables/mine.db'",
+    "PRAGMA database_list",
+    "SET enable_external_access = true",
+    "RESET enable_external_access",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "CALL enable_logging()",
+    "CHECKPOINT",
+    "PREPARE mine AS SELECT 1",
+    "WITH mine AS (COPY trials TO '{listed}') SELECT 1",
+    "WITH mine AS (COPY (SELECT 1) TO '{folder}/tables/mine.parquet') SELECT * FROM mine",
+    "WITH mine AS (INSERT INTO open_trials (trial) VALUES (9) RETURNING trial) SELECT * FROM mine",
+    "SELECT * FROM query('COPY trials TO ''{listed}''')",
+    "SELECT * FROM query('WITH mine AS (COPY trials TO ''{listed}'') SELECT 1')",
+    "SELECT * FROM enable_logging(storage='file', storage_path='{outside}/log')",
+    "SELECT * FROM enable_profiling(save_location='{outside}/profile.json')",
+)
+READS = (
+    "SELECT * FROM read_csv('/etc/passwd')",
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT * FROM read_blob('{folder}/sweep.json')",
+    "SELECT * FROM read_json('{folder}/sweep.json')",
+    "SELECT * FROM '/etc/passwd'",
+    "SELECT * FROM '{outside}/secret.csv'",
+    "SELECT * FROM read_text('{folder}/tables/../../outside/secret.csv')",
+    "SELECT * FROM sniff_csv('{outside}/secret.csv')",
+    "SELECT * FROM glob('/etc/*')",
+    "SELECT * FROM glob('{outside}/*')",
+    "SELECT * FROM glob('{folder}/*')",
+    "SELECT * FROM read_parquet('{unlisted}')",
+    "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
+    "SELECT getenv('HOME')",
+)
+NOT_ONE = (
+    "",
+    ";",
+    "-- nothing",
+    "SELECT 1; SELECT 2",
+    "SELECT 1; DROP VIEW trials",
+    "SELEC 1",
+    "SELECT nonsense FROM trials",
+)
+
+
+@pytest.mark.parametrize("sql", [*CHANGES, *READS, *NOT_ONE])
+def test_a_query_that_is_not_one_select_of_the_tables_is_refused_and_changes_nothing(
+    sweep: Sweep, tmp_path: Path, sql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.csv").write_text("a,b\n1,2\n")
+    monkeypatch.chdir(outside)
+    [listed, *_] = Store(sweep.folder).files("metrics")
+    unlisted = write_table(sweep.folder, "metrics", [metric("stranger", 1.0)])
+    places = {"folder": sweep.folder, "outside": outside}
+    files = {"listed": sweep.folder / listed.path, "unlisted": sweep.folder / unlisted.path}
+    before = files_under(tmp_path)
+    with pytest.raises(SpecError, match="^query") as refusal:
+        sweep.query(sql.format(**places, **files))
+    assert "\n" not in str(refusal.value)
+    assert files_under(tmp_path) == before
+    assert len(sweep.rows("SELECT * FROM trials")) == 6
+
+
+def test_a_query_sees_what_was_committed_since_the_sweep_was_opened(sweep: Sweep) -> None:
+    Store(sweep.folder).commit(
+        [], trials=[{"trial": 4, "spec": "s", "state": "completed", "params": '{"x": 5}'}]
+    )
+    assert sweep.rows("SELECT state FROM trials WHERE trial = 4") == [{"state": "completed"}]
+
+
+def test_a_query_does_not_see_python_variables_of_its_caller(sweep: Sweep) -> None:
+    hidden = sweep.query("SELECT 1 AS a")
+    with pytest.raises(SpecError, match="hidden"):
+        sweep.query("SELECT * FROM hidden")
+    assert hidden.num_rows == 1
+
+
+def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"holds no sweep.*sweep\.json"):
+        open_sweep(tmp_path)
+
+
+def test_a_folder_whose_name_needs_quoting_can_be_asked(tmp_path: Path) -> None:
+    folder = tmp_path / 'it\'s [a] "folder" * ? é'
+    sweep = write_sweep(
+        folder, [StoredTrial({}, {"select": {"total": 1.0}})], objectives={"total": "maximize"}
+    )
+    assert sweep.rows("SELECT value FROM metrics") == [{"value": 1.0}]
