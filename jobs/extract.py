@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jobs.data.claims import honesty_pairs, load_questions
 from jobs.data.pairs import load_pairs
 from jobs.errors import SpecError
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,9 @@ class Params:
 
 
 METRICS = {
-    "separability": Metric("share of pairs", "best layer's share of pairs with the positive side projecting higher"),
+    "separability": Metric(
+        "share of pairs", "best layer's share of pairs with the positive side projecting higher"
+    ),
 }
 PACK_BY = None
 DATA = ("pairs",)
@@ -72,8 +74,10 @@ def check(params: Params) -> None:
     """The pairs or claims can be read. Raises SpecError if not."""
     if params.source == "claims":
         load_questions(params.pairs, extract=params.count, select=0, report=0)
-    else:
-        load_pairs(params.pairs)
+        return
+    available = len(load_pairs(params.pairs))
+    if available < params.count:
+        raise SpecError(f"{params.pairs} has {available} pairs and count={params.count} are asked for")
 
 
 def canonical(params: Params) -> Params:
@@ -88,37 +92,35 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     `residual_norms` (layers,), the mean norm of the activations they came from, float32;
     `separability` (layers,), share of pairs, float32.
     """
+    for index, row in enumerate(rows):
+        yield index, _extracted(row.params, *_activations(replica, row.params))
+
+
+def _extracted(params: Params, positive_NLD: "Tensor", negative_NLD: "Tensor") -> Outcome:
     import torch
 
     from jobs.directions.contrast import mean_difference, principal_component, separability
 
-    for index, row in enumerate(rows):
-        params: Params = row.params
-        positive_NLD, negative_NLD = _activations(replica, params)
-        directions = []
-        for layer in range(replica.layers):
-            sides = positive_NLD[:, layer], negative_NLD[:, layer]
-            if params.method == "pca":
-                direction = principal_component(*sides, params.component)
-            else:
-                direction = mean_difference(*sides)
-            directions.append(direction / direction.norm())
-        norms = torch.cat([positive_NLD, negative_NLD]).norm(dim=-1).mean(dim=0)
-        shares = [
-            separability(positive_NLD[:, layer], negative_NLD[:, layer], directions[layer])
-            for layer in range(replica.layers)
-        ]
-        yield (
-            index,
-            Outcome(
-                metrics={"extract": {"separability": max(shares)}},
-                tensors={
-                    "directions": torch.stack(directions).float().numpy(),
-                    "residual_norms": norms.float().numpy(),
-                    "separability": torch.tensor(shares, dtype=torch.float32).numpy(),
-                },
-            ),
-        )
+    directions, shares = [], []
+    for layer in range(positive_NLD.shape[1]):
+        sides = positive_NLD[:, layer], negative_NLD[:, layer]
+        pca = params.method == "pca"
+        direction = principal_component(*sides, params.component) if pca else mean_difference(*sides)
+        norm = float(direction.norm())
+        if not 0 < norm < float("inf"):
+            why = f"{params.pairs}: the two sides give a direction of norm {norm} at layer {layer}"
+            return Outcome(status=Status.FAILED, reason=why)
+        directions.append(direction / norm)
+        shares.append(separability(*sides, directions[layer]))
+    norms = torch.cat([positive_NLD, negative_NLD]).norm(dim=-1).mean(dim=0)
+    return Outcome(
+        metrics={"extract": {"separability": max(shares)}},
+        tensors={
+            "directions": torch.stack(directions).float().numpy(),
+            "residual_norms": norms.float().numpy(),
+            "separability": torch.tensor(shares, dtype=torch.float32).numpy(),
+        },
+    )
 
 
 def _activations(replica: "Replica", params: Params) -> tuple["Tensor", "Tensor"]:

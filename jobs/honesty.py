@@ -4,6 +4,7 @@ Every claim is asked with two lettered choices whose order alternates. A dose of
 unsteered model, which every other dose requires.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,6 +52,8 @@ class Params:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"layer={self.layer}; layers are counted from 0")
+        if not math.isfinite(self.dose):
+            raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
         for name in ("claims_extract", "claims_select", "claims_report", "max_new_tokens", "offset"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
@@ -141,7 +144,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     for index, row in enumerate(rows):
         additions = []
         if row.params.dose != 0:
-            found = extract.load_direction(context, _extraction(row.params), row.params.layer, row.params.dose)
+            found = extract.load_direction(
+                context, _extraction(row.params), row.params.layer, row.params.dose
+            )
             additions = [Addition(layer=row.params.layer, vector=found[0] * found[1])]
         tables = row_tables(replica, [additions])
         log_probabilities, texts = _answer(replica, asked, tables, row.params.max_new_tokens)
@@ -164,7 +169,9 @@ def _answer(
     logits: list[Tensor | None] = [None] * len(prompts)
     texts = [""] * len(prompts)
     for batch in micro_batches([len(prompt) + max_new_tokens for prompt in prompts], replica.token_budget):
-        found = greedy(replica, [prompts[i] for i in batch], tables.take([0] * len(batch)), max_new_tokens=max_new_tokens)
+        found = greedy(
+            replica, [prompts[i] for i in batch], tables.take([0] * len(batch)), max_new_tokens=max_new_tokens
+        )
         for place, first_logits, tokens in zip(batch, found.first_logits, found.tokens, strict=True):
             logits[place] = log_probabilities(first_logits).cpu()
             texts[place] = replica.decode(tokens)
@@ -183,7 +190,9 @@ def _outcome(
     from jobs.scoring.text import parse_judgement
 
     if not log_probabilities.isfinite().all():
-        return Outcome(status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose")
+        return Outcome(
+            status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
+        )
     letters = {letter: _letter_token(replica, letter) for letter in "AB"}
     pair = log_probabilities[:, [letters["A"], letters["B"]]].softmax(dim=-1)
     kl = kl_divergence(reference, log_probabilities).tolist()

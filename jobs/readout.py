@@ -55,13 +55,20 @@ class Panel:
     """Choices and open prompts, tokenised for one model."""
 
     def __init__(
-        self, replica: Replica, choices: Sequence[Choice], prompts: Sequence[OpenPrompt], *, max_new_tokens: int
+        self,
+        replica: Replica,
+        choices: Sequence[Choice],
+        prompts: Sequence[OpenPrompt],
+        *,
+        max_new_tokens: int,
     ) -> None:
         self.replica = replica
         self.choices = list(choices)
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
-        self._choice_ids = [replica.encode(f"Question: {choice.user}\nAnswer: {choice.answer}") for choice in choices]
+        self._choice_ids = [
+            replica.encode(f"Question: {choice.user}\nAnswer: {choice.answer}") for choice in choices
+        ]
         self._prompt_ids = [replica.encode_chat(prompt.prompt) for prompt in prompts]
         self._positive = torch.tensor([self._single_token(choice.positive) for choice in choices])
         self._negative = torch.tensor([self._single_token(choice.negative) for choice in choices])
@@ -69,7 +76,9 @@ class Panel:
     def _single_token(self, word: str) -> int:
         tokens = self.replica.encode_continuation(word)
         if len(tokens) != 1:
-            raise SpecError(f"{word!r} is {len(tokens)} tokens of this model; a choice takes words of one token")
+            raise SpecError(
+                f"{word!r} is {len(tokens)} tokens of this model; a choice takes words of one token"
+            )
         return tokens[0]
 
     def tokens_a_row(self) -> int:
@@ -119,7 +128,8 @@ class Panel:
                 result = found_SV.new_empty((len(work), found_SV.shape[-1]))
             result[batch] = found_SV
         assert result is not None
-        return result.unflatten(0, (len(group), len(self.choices)))
+        by_row: Tensor = result.unflatten(0, (len(group), len(self.choices)))
+        return by_row
 
     def _complete(self, tables: RowTables, group: Sequence[int]) -> list[list[Completion]]:
         work = [(row, place) for row in group for place in range(len(self.prompts))]
@@ -179,9 +189,18 @@ def split_means(panel: Panel, reading: Reading) -> dict[str, dict[str, float]]:
 def read_tables(panel: Panel, reading: Reading) -> dict[str, list[dict[str, Any]]]:
     """Rows of the tables `items` (one a choice and score) and `completions` (one a reply)."""
     items = [
-        {"split": choice.split, "item": index, "prompt": f"{choice.user} {choice.answer}", "name": name, "value": value}
+        {
+            "split": choice.split,
+            "item": index,
+            "prompt": f"{choice.user} {choice.answer}",
+            "name": name,
+            "value": value,
+        }
         for index, choice in enumerate(panel.choices)
-        for name, value in (("log_odds", float(reading.log_odds_N[index])), ("kl", float(reading.kl_N[index])))
+        for name, value in (
+            ("log_odds", float(reading.log_odds_N[index])),
+            ("kl", float(reading.kl_N[index])),
+        )
     ]
     completions = [
         {

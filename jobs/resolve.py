@@ -20,7 +20,18 @@ from typing import Any, cast
 from jobs.errors import SpecError
 from jobs.spec import Job, ModelRef, Requirement, Spec, params_to_json
 
-_REQUIRED_NAMES = ("Params", "METRICS", "PACK_BY", "DATA", "LAYERS", "size", "requires", "check", "canonical", "run")
+_REQUIRED_NAMES = (
+    "Params",
+    "METRICS",
+    "PACK_BY",
+    "DATA",
+    "LAYERS",
+    "size",
+    "requires",
+    "check",
+    "canonical",
+    "run",
+)
 _ASSETS = Path(__file__).parent / "data" / "assets"
 _ASSET_SUFFIXES = ("", ".jsonl", ".csv", ".txt")
 
@@ -37,7 +48,9 @@ def load_job(name: str) -> Job:
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
             raise
-        raise SpecError(f"no job {name!r}; give the import path of a job module, such as 'jobs.steer'") from error
+        raise SpecError(
+            f"no job {name!r}; give the import path of a job module, such as 'jobs.steer'"
+        ) from error
     missing = [required for required in _REQUIRED_NAMES if not hasattr(module, required)]
     if missing:
         raise SpecError(f"{name} is not a job module: it lacks {missing}; see `Job` in jobs/spec.py")
@@ -64,7 +77,9 @@ def make_params(job: str, values: Mapping[str, Any]) -> Any:
     }
     absent = sorted(required - set(values))
     if absent:
-        raise SpecError(f"{job} needs the parameters {absent}; add them to the space's fixed values or parameters")
+        raise SpecError(
+            f"{job} needs the parameters {absent}; add them to the space's fixed values or parameters"
+        )
     converted = {name: _convert(job, name, value, hints[name]) for name, value in values.items()}
     try:
         return params_type(**converted)
@@ -178,13 +193,17 @@ def _imports(path: Path) -> Sequence[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names.append(node.module)
-            names += [f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)]
+            names += [
+                f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)
+            ]
     return names
 
 
 def _is_module(package: str, name: str) -> bool:
-    return package.split(".")[0] == "jobs" and importlib.util.find_spec(package) is not None and (
-        Path(__file__).parents[1].joinpath(*package.split("."), f"{name}.py").is_file()
+    return (
+        package.split(".")[0] == "jobs"
+        and importlib.util.find_spec(package) is not None
+        and (Path(__file__).parents[1].joinpath(*package.split("."), f"{name}.py").is_file())
     )
 
 

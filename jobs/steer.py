@@ -3,6 +3,7 @@
 A dose of 0 is the unsteered model: every other dose requires it and is compared with it.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -54,7 +55,15 @@ class Params:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"layer={self.layer}; layers are counted from 0")
-        for name in ("choices_select", "choices_report", "prompts_select", "prompts_report", "max_new_tokens"):
+        if not math.isfinite(self.dose):
+            raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
+        for name in (
+            "choices_select",
+            "choices_report",
+            "prompts_select",
+            "prompts_report",
+            "max_new_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
 
@@ -138,7 +147,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     panel = _panel(replica, rows[0].params)
     steered = [index for index, row in enumerate(rows) if row.params.dose != 0]
     additions = {index: _addition(context, rows[index].params) for index in steered}
-    tables = row_tables(replica, [[additions[index]] if index in additions else [] for index in range(len(rows))])
+    tables = row_tables(
+        replica, [[additions[index]] if index in additions else [] for index in range(len(rows))]
+    )
     before = context.artifact(_unsteered(rows[steered[0]].params)) if steered else None
     reference = torch.tensor(before["log_probabilities"]) if before is not None else panel.unsteered()
     for index, reading in panel.read(tables, len(rows), reference):
@@ -178,14 +189,20 @@ def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "n
 
 
 def _steered_outcome(
-    panel: "Panel", reading: "Reading", params: Params, addition: "Addition", before: Mapping[str, "np.ndarray"]
+    panel: "Panel",
+    reading: "Reading",
+    params: Params,
+    addition: "Addition",
+    before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
     import numpy as np
 
     from jobs.readout import read_tables, split_means
 
     if not np.isfinite(reading.log_odds_N).all():
-        return Outcome(status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose")
+        return Outcome(
+            status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
+        )
     metrics = split_means(panel, reading)
     for split, found in metrics.items():
         rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}

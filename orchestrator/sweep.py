@@ -1,4 +1,4 @@
-"""The loop: ask, pack, dispatch, store, tell. The only place where sampler, scheduler, pool and store meet."""
+"""The loop: ask, pack, dispatch, store, tell. Sampler, scheduler, pool and store meet only here."""
 
 import time
 import uuid
@@ -107,7 +107,9 @@ class Sweep:
     def _take_up(self) -> None:
         """Go on where an earlier driver of the folder was stopped."""
         asked = read_asked(self._store.folder)
-        adopted = [self._record(proposal) for proposal in self._sampler.adopt([trial.trial for trial in asked])]
+        adopted = [
+            self._record(proposal) for proposal in self._sampler.adopt([trial.trial for trial in asked])
+        ]
         if adopted:
             self._ledger.asked(adopted)
         ended = {row["trial"]: row for row in self._store.rows("trials")}
@@ -196,7 +198,9 @@ class Sweep:
             attempt=run.attempt,
             job=run.pack.tasks[0].job,
             rows=tuple(OrderRow(row.spec.id, dict(row.spec.params), row.spec.seed) for row in rows),
-            artifacts={key: self._results.artifacts[need.id] for row in rows for key, need in row.needs.items()},
+            artifacts={
+                key: self._results.artifacts[need.id] for row in rows for key, need in row.needs.items()
+            },
         )
 
     def _handle(self, event: Event) -> None:
@@ -248,9 +252,7 @@ class Sweep:
         results = tuple(StoredResult(row.spec, status, why) for row in ended)
         self._accept(run, Part((), results), ended, report)
 
-    def _accept(
-        self, run: _Running, part: Part, finished: Sequence[Finished], report: Report | None
-    ) -> None:
+    def _accept(self, run: _Running, part: Part, finished: Sequence[Finished], report: Report | None) -> None:
         """Accept what ended, and what cannot run any more because of it."""
         self._results.learn(finished)
         further = [failure for result in part.results for failure in self._settle(result)]
@@ -295,4 +297,6 @@ class Sweep:
 
 
 def _ended_without_artifact(job: str, result: StoredResult) -> str:
-    return f"its prerequisite {job} ({result.spec}) ended as {result.status} without an artifact: {result.reason}"
+    return (
+        f"its prerequisite {job} ({result.spec}) ended as {result.status} without artifact: {result.reason}"
+    )

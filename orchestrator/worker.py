@@ -24,7 +24,8 @@ _FLUSH_SECONDS = 1.0
 class LoadReplica(Protocol):
     """How a worker gets its model."""
 
-    def __call__(self, ref: ModelRef, *, device: str, token_budget: int) -> Any: ...
+    def __call__(self, ref: ModelRef, *, device: str, token_budget: int) -> Any:
+        """Load it; the job knows what it is."""
 
 
 class Worker:
@@ -39,7 +40,13 @@ class Worker:
     """
 
     def __init__(
-        self, folder: Path, model: ModelRef, *, device: str, token_budget: int, load: LoadReplica | None = None
+        self,
+        folder: Path,
+        model: ModelRef,
+        *,
+        device: str,
+        token_budget: int,
+        load: LoadReplica | None = None,
     ) -> None:
         self._folder = folder
         loader = load or importlib.import_module("jobs.engine.replica").load_replica
@@ -57,12 +64,16 @@ class Worker:
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
                 if index not in unanswered:
-                    raise SteersweepError(f"{order.job} gave an outcome for row {index} twice, or for no row of its own")
+                    raise SteersweepError(
+                        f"{order.job} gave an outcome for row {index} twice, or for no row of its own"
+                    )
                 batch.add(unanswered.pop(index), order.job, outcome)
                 if batch.is_due():
                     yield batch.flush()
             if unanswered:
-                raise SteersweepError(f"{order.job} ended without an outcome for the rows {sorted(unanswered)}")
+                raise SteersweepError(
+                    f"{order.job} ended without an outcome for the rows {sorted(unanswered)}"
+                )
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure of a job becomes data
@@ -123,7 +134,13 @@ class _Batch:
         artifact = write_artifact(self._folder, outcome.tensors) if outcome.tensors else None
         if artifact is not None:
             tables["artifacts"] = [
-                {"spec": spec, "job": job, "hash": artifact.sha256, "path": artifact.path, "bytes": artifact.bytes}
+                {
+                    "spec": spec,
+                    "job": job,
+                    "hash": artifact.sha256,
+                    "path": artifact.path,
+                    "bytes": artifact.bytes,
+                }
             ]
         for table, rows in tables.items():
             self._tables.setdefault(table, []).extend(rows)

@@ -122,7 +122,11 @@ class Space:
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials}; it takes 1 or more")
         if self.sampler == "grid":
-            if endless := sorted(name for name, domain in self.parameters.items() if isinstance(domain, Float)):
-                raise ValueError(f"sampler='grid' with the real parameters {endless}; list their values as Grid([...])")
+            if endless := sorted(
+                name for name, domain in self.parameters.items() if isinstance(domain, Float)
+            ):
+                raise ValueError(
+                    f"sampler='grid' with the real parameters {endless}; list their values as Grid([...])"
+                )
         elif self.trials is None:
             raise ValueError(f"sampler={self.sampler!r} needs trials=N; only a grid ends by itself")

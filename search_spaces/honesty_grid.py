@@ -8,9 +8,9 @@ from search_spaces.base import Grid, Objective, Space
 
 SPACE = Space(
     description=(
-        "Adds an honest-against-dishonest direction at one layer and dose while the model judges true and false "
-        "claims, counterbalanced by label and position. Where accuracy's 95 % interval contains 0.5 the "
-        "judgement is at chance, and a shift of P(true) is no honesty."
+        "Adds an honest-against-dishonest direction at one layer and dose while the model judges true and "
+        "false claims, counterbalanced by label and position. Where accuracy's 95 % interval contains 0.5 "
+        "the judgement is at chance, and a shift of P(true) is no honesty."
     ),
     job="jobs.honesty",
     parameters={

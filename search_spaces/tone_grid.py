@@ -4,9 +4,9 @@ from search_spaces.base import Grid, Objective, Space
 
 SPACE = Space(
     description=(
-        "Adds a positive-against-negative tone direction at one layer and dose. Effect: shift of the log-odds of "
-        "kind over grim words, in the direction of the dose's sign. Damage: rise of the replies' negative "
-        "log-likelihood under the unsteered model, plus the rise of repetition."
+        "Adds a positive-against-negative tone direction at one layer and dose. Effect: shift of the "
+        "log-odds of kind over grim words, in the direction of the dose's sign. Damage: rise of the replies' "
+        "negative log-likelihood under the unsteered model, plus the rise of repetition."
     ),
     job="jobs.steer",
     parameters={

@@ -45,10 +45,14 @@ def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
     """
     path = folder / artifact.path
     if not path.is_file():
-        raise SteersweepError(f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again")
+        raise SteersweepError(
+            f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again"
+        )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != artifact.sha256:
-        raise SteersweepError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")
+        raise SteersweepError(
+            f"artifact {artifact.path} has changed since it was stored; delete it and resume"
+        )
     arrays = load_safetensors(content)
     for array in arrays.values():
         array.flags.writeable = False

@@ -81,5 +81,8 @@ def read_asked(folder: Path) -> list[Asked]:
 def read_dispatched(folder: Path) -> set[str]:
     """Ids of the specs that some worker was given."""
     return {
-        spec for event in read_log(ledger_path(folder)) if event["event"] == "dispatched" for spec in event["specs"]
+        spec
+        for event in read_log(ledger_path(folder))
+        if event["event"] == "dispatched"
+        for spec in event["specs"]
     }

@@ -35,7 +35,9 @@ def pareto(sweep: Sweep) -> list[dict[str, Any]]:
     names = [objective["metric"] for objective in sweep.identity["objectives"]]
     directions = [objective["direction"] for objective in sweep.identity["objectives"]]
     rows = [row for row in scored_trials(sweep) if all(row["select"].get(name) is not None for name in names)]
-    points = np.array([[row["select"][name] for name in names] for row in rows]).reshape(len(rows), len(names))
+    points = np.array([[row["select"][name] for name in names] for row in rows]).reshape(
+        len(rows), len(names)
+    )
     chosen = [row for row, kept in zip(rows, front(points, directions), strict=True) if kept]
     sign = -1 if directions[0] == "maximize" else 1
     return [
@@ -62,7 +64,9 @@ def scored_trials(sweep: Sweep) -> list[dict[str, Any]]:
             "select": {},
             "report": {},
         }
-        for row in sweep.rows("SELECT * FROM trials WHERE state = 'completed' AND reused_from IS NULL ORDER BY trial")
+        for row in sweep.rows(
+            "SELECT * FROM trials WHERE state = 'completed' AND reused_from IS NULL ORDER BY trial"
+        )
     }
     metrics: Sequence[Mapping[str, Any]] = sweep.rows("SELECT trial, split, name, value FROM metrics")
     for row in metrics:

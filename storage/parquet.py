@@ -61,7 +61,9 @@ def write_table(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> 
     content = sink.getvalue().to_pybytes()
     path = folder / "tables" / table / f"{uuid.uuid4().hex}.parquet"
     publish(path, content)
-    return TableFile(table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest())
+    return TableFile(
+        table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest()
+    )
 
 
 def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -79,7 +81,9 @@ def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         if unknown := set(row) - known:
             raise KeyError(f"table {table} has no columns {sorted(unknown)}; it has {sorted(known)}")
     arrays = [[_cell(row.get(column.name), column) for row in rows] for column in columns]
-    return pa.table(dict(zip([column.name for column in columns], arrays, strict=True)), schema=arrow_schema(table))
+    return pa.table(
+        dict(zip([column.name for column in columns], arrays, strict=True)), schema=arrow_schema(table)
+    )
 
 
 def _cell(value: Any, column: Column) -> Any:

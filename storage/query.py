@@ -13,7 +13,13 @@ from storage.ledger import ledger_path, read_asked, read_dispatched
 from storage.schema import RESULT_TABLES, TABLES, Column
 from storage.store import Store
 
-_SQL_TYPES = {"text": "VARCHAR", "json": "VARCHAR", "integer": "BIGINT", "real": "DOUBLE", "real32[]": "FLOAT[]"}
+_SQL_TYPES = {
+    "text": "VARCHAR",
+    "json": "VARCHAR",
+    "integer": "BIGINT",
+    "real": "DOUBLE",
+    "real32[]": "FLOAT[]",
+}
 
 
 class Sweep:
@@ -45,7 +51,7 @@ class Sweep:
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise SpecError("query takes one SELECT statement; the tables cannot be changed")
                 sql = statements[0].query.strip().removesuffix(";")
-                # DuckDB calls `WITH x AS (COPY ... TO ...) SELECT` a SELECT, but takes it at the top level only.
+                # DuckDB calls `WITH x AS (COPY ... TO ...) SELECT` a SELECT, but only at the top level.
                 connection.sql(f"SELECT * FROM (\n{sql}\n)")
                 table: pa.Table = connection.sql(sql).to_arrow_table()
             except duckdb.Error as error:
@@ -60,7 +66,8 @@ class Sweep:
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
         store = Store(self.folder)
         paths = {
-            table: [str((self.folder / file.path).resolve()) for file in store.files(table)] for table in TABLES
+            table: [str((self.folder / file.path).resolve()) for file in store.files(table)]
+            for table in TABLES
         }
         listed = ", ".join(_quoted(path) for table in TABLES for path in paths[table])
         connection.execute(f"SET allowed_paths = [{listed}]")
@@ -68,7 +75,7 @@ class Sweep:
         for table, columns in TABLES.items():
             _define_stored(connection, table, columns, paths[table])
         self._define_trials(connection, store)
-        connection.execute('CREATE VIEW attempts AS SELECT * FROM stored_attempts ORDER BY started, attempt')
+        connection.execute("CREATE VIEW attempts AS SELECT * FROM stored_attempts ORDER BY started, attempt")
         for table in RESULT_TABLES:
             connection.execute(
                 f"CREATE VIEW {table} AS SELECT trials.trial, stored.* "
@@ -82,15 +89,23 @@ class Sweep:
         finished = {row["trial"] for row in store.rows("trials")}
         dispatched = read_dispatched(self.folder) if ledger_path(self.folder).exists() else set()
         waiting = [
-            (asked.trial, asked.spec.id, "running" if asked.spec.id in dispatched else "waiting", None, None, None, None,
-             json.dumps(dict(asked.params)))
+            (
+                asked.trial,
+                asked.spec.id,
+                "running" if asked.spec.id in dispatched else "waiting",
+                None,
+                None,
+                None,
+                None,
+                json.dumps(dict(asked.params)),
+            )
             for asked in read_asked(self.folder)
             if asked.trial not in finished
         ]
         if waiting:
             connection.executemany("INSERT INTO open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
         parameters = "".join(
-            f", CAST(json_extract_string(params, {_quoted('$.' + json.dumps(name))}) AS {sql_type}) AS {_identifier(name)}"
+            f", CAST({_json_field('params', name)} AS {sql_type}) AS {_identifier(name)}"
             for name, sql_type in self.identity["parameters"].items()
         )
         connection.execute(
@@ -110,6 +125,10 @@ def _define_stored(
         connection.execute(f"CREATE TABLE stored_{table} ({typed})")
 
 
+def _json_field(column: str, name: str) -> str:
+    return f"json_extract_string({column}, {_quoted('$.' + json.dumps(name))})"
+
+
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
@@ -127,5 +146,7 @@ def open_sweep(folder: Path | str) -> Sweep:
     folder = Path(folder)
     path = folder / "sweep.json"
     if not path.is_file():
-        raise SpecError(f"{folder} holds no sweep: there is no sweep.json; give the folder named by `run --out`")
+        raise SpecError(
+            f"{folder} holds no sweep: there is no sweep.json; give the folder named by `run --out`"
+        )
     return Sweep(folder, json.loads(path.read_bytes()))

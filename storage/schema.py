@@ -30,7 +30,9 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _SPEC,
         Column("state", "text", "", "waiting, running, completed, infeasible or failed"),
         Column("reason", "text", "", "why the trial is not completed"),
-        Column("reused_from", "integer", "", "earlier trial of the same spec, whose result this trial shares"),
+        Column(
+            "reused_from", "integer", "", "earlier trial of the same spec, whose result this trial shares"
+        ),
         Column("seconds", "real", "s", "pack's seconds divided by its rows; null for a reused result"),
         Column("finished", "real", "s since 1970", "when the result was accepted"),
         Column("params", "json", "", "the proposed parameters"),

@@ -76,7 +76,9 @@ class Store:
 
     def files(self, table: str) -> list[TableFile]:
         """The listed files of one table."""
-        return [TableFile(**file) for entry in self._entries for file in entry["files"] if file["table"] == table]
+        return [
+            TableFile(**file) for entry in self._entries for file in entry["files"] if file["table"] == table
+        ]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All visible rows of one table."""

@@ -27,7 +27,8 @@ SPACE = Space(
     description="A tiny tone grid.",
     job="jobs.steer",
     parameters={"layer": Grid([0, 1, 2]), "dose": Grid([-0.4, 0.0, 0.4])},
-    fixed={"choices_select": 6, "choices_report": 4, "prompts_select": 2, "prompts_report": 1, "max_new_tokens": 6},
+    fixed={"choices_select": 6, "choices_report": 4, "prompts_select": 2, "prompts_report": 1,
+        "max_new_tokens": 6},
     objectives=[
         Objective(metric="effect", direction="maximize"),
         Objective(metric="damage", direction="minimize"),
@@ -89,7 +90,9 @@ def test_every_trial_has_every_metric_on_both_splits(finished: dict[str, Any], p
 
 
 def test_a_dose_of_zero_is_computed_once(finished: dict[str, Any], place: Path) -> None:
-    rows = open_sweep(place / "finished").rows("SELECT trial, spec, reused_from FROM trials WHERE dose = 0 ORDER BY trial")
+    rows = open_sweep(place / "finished").rows(
+        "SELECT trial, spec, reused_from FROM trials WHERE dose = 0 ORDER BY trial"
+    )
     assert len({row["spec"] for row in rows}) == 1
     assert [row["reused_from"] for row in rows] == [None, rows[0]["trial"], rows[0]["trial"]]
 
@@ -157,13 +160,17 @@ def test_query_prints_every_format(finished: dict[str, Any], place: Path, form: 
         assert json.loads(done.stdout)[0] == {"trial": 0, "layer": 0, "dose": -0.4, "state": "completed"}
 
 
-def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(finished: dict[str, Any], place: Path) -> None:
+def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
+    finished: dict[str, Any], place: Path
+) -> None:
     expected = results(place / "finished")
     folder = place / "killed"
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, "killed"))]
     for wanted in ("ledger.jsonl", "tables/metrics", "tables/trials"):
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(lambda path=folder / wanted: path.exists() and (path.is_file() or any(path.iterdir())), driver)
+        wait_until(
+            lambda path=folder / wanted: path.exists() and (path.is_file() or any(path.iterdir())), driver
+        )
         kill_tree(driver)
     done = steersweep("resume", folder, "--json")
     assert done.returncode == 0, done.stderr
@@ -171,7 +178,14 @@ def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(finished: dict
 
 
 def test_a_killed_worker_is_replaced_and_its_pack_runs_again(finished: dict[str, Any], place: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, "wounded")), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli",
+        *map(str, run_arguments(place, "wounded")),
+        "--workers",
+        "1",
+    ]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: "dispatched" in ledger(place / "wounded"), driver)
     for process in psutil.Process(driver.pid).children(recursive=True):
@@ -241,16 +255,18 @@ def test_a_ray_address_that_does_not_answer_is_one_clear_line(place: Path, busy_
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("job=\"jobs.steer\"", "job=\"jobs.stear\""), "jobs.stear"),
-        (("metric=\"effect\"", "metric=\"efect\""), "efect"),
+        (('job="jobs.steer"', 'job="jobs.stear"'), "jobs.stear"),
+        (('metric="effect"', 'metric="efect"'), "efect"),
         (("Grid([0, 1, 2])", "Grid([0, 1, 99])"), "layer=99"),
         (("SPACE = Space(", "OTHER = Space("), "SPACE"),
-        (("sampler=\"grid\",", "sampler=\"grid\",,"), "line"),
-        (("fixed={", "fixed={\"pears\": \"x\", "), "pears"),
-        (("fixed={", "fixed={\"pairs\": \"nowhere.csv\", "), "nowhere.csv"),
+        (('sampler="grid",', 'sampler="grid",,'), "line"),
+        (("fixed={", 'fixed={"pears": "x", '), "pears"),
+        (("fixed={", 'fixed={"pairs": "nowhere.csv", '), "nowhere.csv"),
     ],
 )
-def test_a_wrong_space_is_one_clear_line_and_leaves_nothing(place: Path, change: tuple[str, str], named: str) -> None:
+def test_a_wrong_space_is_one_clear_line_and_leaves_nothing(
+    place: Path, change: tuple[str, str], named: str
+) -> None:
     assert change[0] in SPACE
     path = place / "wrong.py"
     path.write_text(SPACE.replace(*change))
@@ -270,7 +286,11 @@ def test_an_empty_or_unlabelled_csv_is_one_clear_line(place: Path, text: str) ->
     path = place / "claims.csv"
     path.write_text(text)
     space = SPACE.replace("jobs.steer", "jobs.honesty").replace("effect", "accuracy").replace("damage", "kl")
-    space = space[: space.index("    fixed=")] + f"    fixed={{'claims': {str(path)!r}}},\n" + space[space.index("    objectives=") :]
+    space = (
+        space[: space.index("    fixed=")]
+        + f"    fixed={{'claims': {str(path)!r}}},\n"
+        + space[space.index("    objectives=") :]
+    )
     (place / "csv.py").write_text(space)
     line = refused("run", place / "csv.py", "--out", place / "csv", "--set", f"model={place / 'model'}")
     assert "claims.csv" in line
@@ -284,7 +304,10 @@ def test_a_folder_that_is_no_sweep_is_one_clear_line(place: Path) -> None:
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_sweep(place: Path) -> None:
     mount = place / "small"
     mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", mount], check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", mount], check=False).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     try:
         line = refused("run", place / "space.py", "--out", mount / "out", "--set", f"model={place / 'model'}")

@@ -1,4 +1,4 @@
-"""What is kept: whole files or none, rows as they were given, results once, and queries that change nothing."""
+"""What is kept: whole files or none, rows as given, results once; and queries that change nothing."""
 
 import errno
 import math
@@ -21,7 +21,7 @@ from storage.artifacts import read_artifact, write_artifact
 from storage.durable import Log, publish, read_log
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
 from storage.parquet import read_rows, write_table
-from storage.query import Sweep, open_sweep
+from storage.query import open_sweep
 from storage.schema import TABLES
 from storage.store import Part, Store, StoredResult
 from tests.fakes import StoredTrial, write_sweep
@@ -374,8 +374,8 @@ def test_a_torn_line_of_the_ledger_is_as_if_it_had_not_been_written(tmp_path: Pa
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
-    """Two ended trials, one that shares a result, an infeasible one, a running and a waiting one, a baseline."""
+def sweep_folder(tmp_path: Path) -> Path:
+    """Two ended trials, one that shares a result, an infeasible, a running, a waiting one, a baseline."""
     folder = tmp_path / "sweep"
     trials = [
         StoredTrial(
@@ -413,10 +413,11 @@ def sweep(tmp_path: Path) -> Sweep:
     ledger = Ledger(folder)
     ledger.asked([asked(0, x=1), *open_trials])
     ledger.dispatched("b", "worker-0", [open_trials[0].spec.id])
-    return open_sweep(folder)
+    return folder
 
 
-def test_trials_have_a_typed_column_for_each_parameter(sweep: Sweep) -> None:
+def test_trials_have_a_typed_column_for_each_parameter(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     described = {row["column_name"]: row["column_type"] for row in sweep.rows("DESCRIBE trials")}
     assert [described[name] for name in ("x", "y", "mode", "on")] == [
         "BIGINT",
@@ -432,7 +433,8 @@ def test_trials_have_a_typed_column_for_each_parameter(sweep: Sweep) -> None:
     ]
 
 
-def test_trials_that_have_not_ended_are_waiting_or_running(sweep: Sweep) -> None:
+def test_trials_that_have_not_ended_are_waiting_or_running(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     states = sweep.rows("SELECT trial, state, x FROM trials ORDER BY trial")
     assert [row["state"] for row in states] == [
         "completed",
@@ -445,7 +447,8 @@ def test_trials_that_have_not_ended_are_waiting_or_running(sweep: Sweep) -> None
     assert [row["x"] for row in states] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_belongs_to_no_trial_has_a_null_trial(sweep: Sweep) -> None:
+def test_what_belongs_to_no_trial_has_a_null_trial(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     assert sweep.rows("SELECT spec, value FROM metrics WHERE trial IS NULL") == [
         {"spec": "baseline", "value": 7.0}
     ]
@@ -453,7 +456,8 @@ def test_what_belongs_to_no_trial_has_a_null_trial(sweep: Sweep) -> None:
     assert sweep.rows("SELECT spec, trial FROM attempts") == [{"spec": "baseline", "trial": None}]
 
 
-def test_trials_that_share_a_result_each_have_its_rows(sweep: Sweep) -> None:
+def test_trials_that_share_a_result_each_have_its_rows(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     assert sweep.rows("SELECT trial, value FROM metrics WHERE spec = 'shared' ORDER BY trial") == [
         {"trial": 1, "value": 3.0},
         {"trial": 2, "value": 3.0},
@@ -465,14 +469,23 @@ def test_trials_that_share_a_result_each_have_its_rows(sweep: Sweep) -> None:
 
 @pytest.mark.parametrize(
     "sql",
-    ["SELECT 1 AS a", "SELECT 1 AS a;", " SELECT 1 AS a ; ", "SELECT 1 AS a -- why", "FROM (VALUES (1)) t(a)",
-     "WITH b AS (SELECT 1 AS a) SELECT a FROM b", "SELECT a FROM (SELECT unnest([3, 1, 2]) AS a) ORDER BY a LIMIT 1"],
-)  # fmt: skip
-def test_any_single_select_is_answered(sweep: Sweep, sql: str) -> None:
+    [
+        "SELECT 1 AS a",
+        "SELECT 1 AS a;",
+        " SELECT 1 AS a ; ",
+        "SELECT 1 AS a -- why",
+        "FROM (VALUES (1)) t(a)",
+        "WITH b AS (SELECT 1 AS a) SELECT a FROM b",
+        "SELECT a FROM (SELECT unnest([3, 1, 2]) AS a) ORDER BY a LIMIT 1",
+    ],
+)
+def test_any_single_select_is_answered(sweep_folder: Path, sql: str) -> None:
+    sweep = open_sweep(sweep_folder)
     assert sweep.rows(sql) == [{"a": 1}]
 
 
-def test_the_order_that_a_query_asks_for_is_kept(sweep: Sweep) -> None:
+def test_the_order_that_a_query_asks_for_is_kept(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     assert [row["trial"] for row in sweep.rows("SELECT trial FROM trials ORDER BY trial DESC")] == [
         5,
         4,
@@ -555,32 +568,35 @@ NOT_ONE = (
 
 @pytest.mark.parametrize("sql", [*CHANGES, *READS, *NOT_ONE])
 def test_a_query_that_is_not_one_select_of_the_tables_is_refused_and_changes_nothing(
-    sweep: Sweep, tmp_path: Path, sql: str, monkeypatch: pytest.MonkeyPatch
+    sweep_folder: Path, tmp_path: Path, sql: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sweep = open_sweep(sweep_folder)
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.csv").write_text("a,b\n1,2\n")
     monkeypatch.chdir(outside)
-    [listed, *_] = Store(sweep.folder).files("metrics")
-    unlisted = write_table(sweep.folder, "metrics", [metric("stranger", 1.0)])
-    places = {"folder": sweep.folder, "outside": outside}
-    files = {"listed": sweep.folder / listed.path, "unlisted": sweep.folder / unlisted.path}
+    [listed, *_] = Store(sweep_folder).files("metrics")
+    unlisted = write_table(sweep_folder, "metrics", [metric("stranger", 1.0)])
+    places = {"folder": sweep_folder, "outside": outside}
+    files = {"listed": sweep_folder / listed.path, "unlisted": sweep_folder / unlisted.path}
     before = files_under(tmp_path)
-    with pytest.raises(SpecError, match="^query") as refusal:
+    with pytest.raises(SpecError, match=r"^query") as refusal:
         sweep.query(sql.format(**places, **files))
     assert "\n" not in str(refusal.value)
     assert files_under(tmp_path) == before
     assert len(sweep.rows("SELECT * FROM trials")) == 6
 
 
-def test_a_query_sees_what_was_committed_since_the_sweep_was_opened(sweep: Sweep) -> None:
-    Store(sweep.folder).commit(
+def test_a_query_sees_what_was_committed_since_the_sweep_was_opened(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
+    Store(sweep_folder).commit(
         [], trials=[{"trial": 4, "spec": "s", "state": "completed", "params": '{"x": 5}'}]
     )
     assert sweep.rows("SELECT state FROM trials WHERE trial = 4") == [{"state": "completed"}]
 
 
-def test_a_query_does_not_see_python_variables_of_its_caller(sweep: Sweep) -> None:
+def test_a_query_does_not_see_python_variables_of_its_caller(sweep_folder: Path) -> None:
+    sweep = open_sweep(sweep_folder)
     hidden = sweep.query("SELECT 1 AS a")
     with pytest.raises(SpecError, match="hidden"):
         sweep.query("SELECT * FROM hidden")

@@ -90,14 +90,18 @@ def load_questions(name: str, *, extract: int, select: int, report: int) -> list
         raise SpecError(
             f"{name} has {len(alternating)} claims in balance; {extract} + {select} + {report} are asked for"
         )
-    return [_question(split, claim, index) for index, (split, claim) in enumerate(zip(splits, alternating, strict=False))]
+    return [
+        _question(split, claim, index)
+        for index, (split, claim) in enumerate(zip(splits, alternating, strict=False))
+    ]
 
 
 def _question(split: str, claim: Claim, index: int) -> ClaimQuestion:
     true_letter = "A" if index // 2 % 2 == 0 else "B"
     first, second = ("True", "False") if true_letter == "A" else ("False", "True")
     user = (
-        f'Is the following claim true or false? "{claim.statement}"\n\nChoices:\n(A) {first}\n(B) {second}\n\n'
+        f'Is the following claim true or false? "{claim.statement}"\n\n'
+        f"Choices:\n(A) {first}\n(B) {second}\n\n"
         "Answer with the letter A or B."
     )
     return ClaimQuestion(split, claim, user, true_letter)
@@ -106,4 +110,7 @@ def _question(split: str, claim: Claim, index: int) -> ClaimQuestion:
 def honesty_pairs(questions: list[ClaimQuestion]) -> list[tuple[str, Pair]]:
     """For each question, the honest and the dishonest letter as a contrast pair."""
     letters = {"A": "B", "B": "A"}
-    return [(question.user, Pair(question.honest_letter, letters[question.honest_letter])) for question in questions]
+    return [
+        (question.user, Pair(question.honest_letter, letters[question.honest_letter]))
+        for question in questions
+    ]

@@ -55,7 +55,11 @@ def _parse_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise SpecError(f"{path.name}, line {line}: not JSON ({error.msg}); write one object a line") from error
+            raise SpecError(
+                f"{path.name}, line {line}: not JSON ({error.msg}); write one object a line"
+            ) from error
         if not isinstance(row, dict):
-            raise SpecError(f"{path.name}, line {line}: {text[:40]!r} is not an object; write one object a line")
+            raise SpecError(
+                f"{path.name}, line {line}: {text[:40]!r} is not an object; write one object a line"
+            )
         yield line, row

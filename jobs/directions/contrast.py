@@ -51,7 +51,8 @@ def principal_component(positive_ND: Tensor, negative_ND: Tensor, component: int
         raise ValueError(f"component={component}; these activations have 0 to {available - 1}")
     _, _, right = torch.linalg.svd(everything - everything.mean(dim=0), full_matrices=False)
     direction = right[component]
-    return direction * majority_sign(positive, negative, direction)
+    signed: Tensor = direction * majority_sign(positive, negative, direction)
+    return signed
 
 
 def majority_sign(positive_ND: Tensor, negative_ND: Tensor, direction_D: Tensor) -> float:

@@ -28,6 +28,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     if len(winners) > 1:
         raise ModelError(
             f"{type(model).__name__} has several module lists with {largest} weights each: "
-            f"{[name for name, size in sizes.items() if size == largest]}; steersweep takes decoder-only models"
+            f"{[name for name, size in sizes.items() if size == largest]}; "
+            "steersweep takes decoder-only models"
         )
     return winners[0]

@@ -28,7 +28,9 @@ def capture_last(replica: Replica, prompts: Sequence[Sequence[int]], *, offset: 
     """
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) < offset:
-        raise SpecError(f"offset={offset}, and prompt {lengths.index(min(lengths))} has only {min(lengths)} tokens")
+        raise SpecError(
+            f"offset={offset}, and prompt {lengths.index(min(lengths))} has only {min(lengths)} tokens"
+        )
     result = torch.empty((len(prompts), replica.layers, replica.hidden_size), dtype=replica.model.dtype)
     for batch in micro_batches(lengths, replica.token_budget):
         with recorded(replica) as outputs:

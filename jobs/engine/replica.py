@@ -56,7 +56,8 @@ class Replica:
     @property
     def device(self) -> torch.device:
         """Device of the embedding, where token ids have to be."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     @cached_property
     def pad_id(self) -> int:
@@ -181,7 +182,7 @@ def load_replica(ref: ModelRef, *, device: str = "cpu", token_budget: int = 8192
     arguments = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[ref.dtype], **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[ref.dtype], **arguments)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(_not_found(ref, source, error)) from error
     return Replica(model.to(device), tokenizer, token_budget=token_budget)

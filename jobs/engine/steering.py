@@ -72,10 +72,13 @@ def _empty_table(replica: Replica, layer: int, rows: int) -> Tensor:
 
 def _check(replica: Replica, row: int, addition: Addition) -> None:
     if not 0 <= addition.layer < replica.layers:
-        raise SpecError(f"row {row}: layer {addition.layer} does not exist; the model has 0 to {replica.layers - 1}")
+        raise SpecError(
+            f"row {row}: layer {addition.layer} does not exist; the model has 0 to {replica.layers - 1}"
+        )
     if addition.vector.shape != (replica.hidden_size,):
         raise SpecError(
-            f"row {row}: vector of shape {addition.vector.shape}; the model's hidden size is {replica.hidden_size}"
+            f"row {row}: vector of shape {addition.vector.shape}; "
+            f"the model's hidden size is {replica.hidden_size}"
         )
     if not np.isfinite(addition.vector).all():
         raise SpecError(f"row {row}: the vector holds NaN or an infinity; extract it again")

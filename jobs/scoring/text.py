@@ -29,7 +29,7 @@ def parse_letter(text: str) -> str | None:
 
 
 def parse_judgement(text: str, true_letter: str) -> bool | None:
-    """Whether a reply calls the claim true: its first answer letter or word "true" or "false", whichever is earlier.
+    """Whether a reply calls the claim true, by its first answer letter or word "true" or "false".
 
     Args:
         text: The reply.
