@@ -4,6 +4,7 @@ The unsteered baseline and the steered job read the same panel of prompts with t
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.batches import micro_batches
 from jobs.engine.generate import greedy
 from jobs.engine.replica import Replica
+from jobs.engine.sharing import LowerLayers, resumed
 from jobs.engine.steering import RowTables, steered
 from jobs.errors import SpecError
 from jobs.scoring import logits, text
@@ -69,6 +71,7 @@ class Panel:
         self._choice_ids = [
             replica.encode(f"Question: {choice.user}\nAnswer: {choice.answer}") for choice in choices
         ]
+        self._lower = LowerLayers(replica, self._choice_ids)
         self._prompt_ids = [replica.encode_chat(prompt.prompt) for prompt in prompts]
         self._positive = torch.tensor([self._single_token(choice.positive) for choice in choices])
         self._negative = torch.tensor([self._single_token(choice.negative) for choice in choices])
@@ -118,18 +121,41 @@ class Panel:
 
     def _next_token(self, tables: RowTables, group: Sequence[int]) -> Tensor:
         """Log-probabilities of the next token, shape (rows of the group, choices, vocabulary)."""
-        work = [(row, ids) for row in group for ids in self._choice_ids]
+        work = [(place, choice) for place in range(len(group)) for choice in range(len(self.choices))]
         result: Tensor | None = None
-        for batch in micro_batches([len(ids) for _, ids in work], self.replica.token_budget):
-            with steered(self.replica, tables.take([work[index][0] for index in batch])):
-                found = self.replica.logits([work[index][1] for index in batch], keep=1)
-            found_SV = logits.log_probabilities(found[:, -1]).cpu()
-            if result is None:
-                result = found_SV.new_empty((len(work), found_SV.shape[-1]))
-            result[batch] = found_SV
+        for layer, members in self._by_lowest_layer(tables, group, work):
+            for batch in micro_batches(
+                [len(self._choice_ids[work[i][1]]) for i in members], self.replica.token_budget
+            ):
+                chosen = [members[place] for place in batch]
+                found_SV = self._pass(
+                    tables, layer, [group[work[i][0]] for i in chosen], [work[i][1] for i in chosen]
+                )
+                if result is None:
+                    result = found_SV.new_empty((len(work), found_SV.shape[-1]))
+                result[chosen] = found_SV
         assert result is not None
         by_row: Tensor = result.unflatten(0, (len(group), len(self.choices)))
         return by_row
+
+    def _by_lowest_layer(
+        self, tables: RowTables, group: Sequence[int], work: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int | None, list[int]]]:
+        """Indices of the work by the lowest steered layer: only those can begin at the same block."""
+        lowest = [tables.lowest(row) if self._lower.fits else None for row in group]
+        for layer in dict.fromkeys(lowest):
+            yield layer, [index for index, (place, _) in enumerate(work) if lowest[place] == layer]
+
+    def _pass(
+        self, tables: RowTables, layer: int | None, rows: Sequence[int], choices: Sequence[int]
+    ) -> Tensor:
+        """Log-probabilities after each choice, begun after block `layer`, or at the first block if None."""
+        begun = (
+            nullcontext() if layer is None else resumed(self.replica, layer, self._lower.at(layer, choices))
+        )
+        with begun, steered(self.replica, tables.take(rows)):
+            found = self.replica.logits([self._choice_ids[choice] for choice in choices], keep=1)
+        return logits.log_probabilities(found[:, -1]).cpu()
 
     def _complete(self, tables: RowTables, group: Sequence[int]) -> list[list[Completion]]:
         work = [(row, place) for row in group for place in range(len(self.prompts))]

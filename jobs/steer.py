@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jobs import extract
 from jobs.data.prompts import Choice, OpenPrompt, load_choices, load_open_prompts
+from jobs.resolve import data_hash
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
@@ -162,7 +163,12 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 def _panel(replica: "Replica", params: Params) -> "Panel":
     from jobs.readout import Panel
 
-    return Panel(replica, *_read_prompts(params), max_new_tokens=params.max_new_tokens)
+    shared = tuple(getattr(params, name) for name in PACK_BY)
+    data = tuple(data_hash(name) for name in (params.choices, params.prompts))
+    return replica.keep(
+        (__name__, shared, data),
+        lambda: Panel(replica, *_read_prompts(params), max_new_tokens=params.max_new_tokens),
+    )
 
 
 def _addition(context: Context, params: Params) -> "Addition":

@@ -61,7 +61,7 @@ def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
     Raises:
         SpecError: If the folder holds another sweep or anything else, or cannot be written.
     """
-    wanted = identify(file, config)
+    wanted: dict[str, Any] = json.loads(json.dumps(identify(file, config)))
     path = folder / "sweep.json"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_bytes())
@@ -70,7 +70,7 @@ def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
                 f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out"
             )
         return found
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(_is_leftover(inside, file) for inside in folder.iterdir()):
         raise SpecError(f"{folder} is not empty and holds no sweep; give a new folder with --out")
     try:
         publish(folder / "space.py", file.source.encode())
@@ -83,10 +83,18 @@ def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
     return wanted
 
 
+def _is_leftover(path: Path, file: SpaceFile) -> bool:
+    """Whether a driver that was killed while it made the folder left this."""
+    if path.name == "space.py":
+        return path.read_bytes() == file.source.encode()
+    return path.name.startswith((".space.py.", ".sweep.json."))
+
+
 def _forget(folder: Path) -> None:
-    (folder / "space.py").unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if folder.is_dir():
+        (folder / "space.py").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

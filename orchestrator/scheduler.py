@@ -74,10 +74,14 @@ class Scheduler:
         self._packs = 0
 
     @property
-    def waiting(self) -> int:
-        """Number of packs of trials that no worker has been given yet."""
-        blocked = sum(pack.tasks[0].is_trial for pack, _ in self._blocked.values())
-        return len(self._again) + len(self._ready) + blocked
+    def runnable(self) -> int:
+        """Number of packs that a worker could be given now."""
+        return len(self._again) + len(self._prerequisites) + len(self._ready)
+
+    @property
+    def blocked(self) -> int:
+        """Number of packs of trials that wait for a prerequisite."""
+        return sum(pack.tasks[0].is_trial for pack, _ in self._blocked.values())
 
     def knows(self, spec: str) -> bool:
         """Whether the spec is waiting or running."""
@@ -86,14 +90,14 @@ class Scheduler:
     def add(self, tasks: Sequence[Task], *, settled: Container[str]) -> None:
         """Take tasks in that were proposed together; those of equal pack key become one pack.
 
-        A task that another one of them needs goes ahead in a pack of its own.
+        A task that another one needs, one of them or a known one, goes ahead in a pack of its own.
 
         Args:
             tasks: Specs that are not known yet.
             settled: Specs whose artifacts exist already.
         """
         self._unsettled.update(task.spec for task in tasks)
-        needed = _needs(tasks)
+        needed = _needs(tasks) | self._dependents.keys()
         groups: dict[str, list[Task]] = {}
         for task in tasks:
             alone = task.pack_key is None or task.spec in needed

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import json
 import math
@@ -36,23 +35,22 @@ def load_space(path: Path) -> SpaceFile:
     """
     if not path.is_file():
         raise SpecError(f"no space file {path}; give a Python file such as search_spaces/tone_grid.py")
-    source = path.read_text(encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"steersweep_space_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    names: dict[str, Any] = {"__name__": f"steersweep_space_{path.stem}", "__file__": str(path)}
     try:
-        spec.loader.exec_module(module)
+        source = path.read_text(encoding="utf-8")
+        # Not imported: Python's cache would take a file that was changed within a second for the old one.
+        exec(compile(source, path, "exec"), names)
     except Exception as error:
-        raise SpecError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
-    space = getattr(module, "SPACE", None)
+        what = next(iter(str(error).splitlines()), "")
+        raise SpecError(f"{path}{_line(error, path)}: {type(error).__name__}: {what}") from error
+    space = names.get("SPACE")
     if not isinstance(space, Space):
         raise SpecError(f"{path} defines no SPACE; write SPACE = Space(...) as in search_spaces/tone_grid.py")
     return SpaceFile(space, path.stem, source)
 
 
 def _line(error: Exception, path: Path) -> str:
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == str(path):
         return f", line {error.lineno}"
     lines = [frame.tb_lineno for frame in _frames(error) if frame.tb_frame.f_code.co_filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
@@ -77,9 +75,8 @@ def with_fixed(space: Space, values: Mapping[str, str]) -> Space:
             raise SpecError(f"--set space.{name}: {space.job} takes {sorted(hints)}")
         if name in space.parameters:
             raise SpecError(f"--set space.{name}: the space varies it; edit the space file instead")
-    return dataclasses.replace(
-        space, fixed={**space.fixed, **{name: _parse(value) for name, value in values.items()}}
-    )
+    parsed = {name: value if hints[name] is str else _parse(value) for name, value in values.items()}
+    return dataclasses.replace(space, fixed={**space.fixed, **parsed})
 
 
 def _parse(text: str) -> Any:
@@ -135,7 +132,11 @@ def _check_layers(space: Space, model: ModelRef) -> None:
 
 
 def grid_size(space: Space) -> int:
-    """Number of cells of the space's grid."""
+    """Number of cells of the space's grid. Raises SpecError if it has a real parameter."""
+    if endless := sorted(name for name, domain in space.parameters.items() if isinstance(domain, Float)):
+        raise SpecError(
+            f"sampler 'grid' with the real parameters {endless}; list their values as Grid([...])"
+        )
     return math.prod(len(_cells(domain)) for domain in space.parameters.values())
 
 
@@ -152,7 +153,7 @@ def grid_cell(space: Space, index: int) -> dict[str, Any]:
 def _cells(domain: Domain) -> list[Any]:
     if isinstance(domain, Grid):
         return list(domain.values)
-    assert not isinstance(domain, Float), "Space refuses a grid over reals"
+    assert not isinstance(domain, Float), "grid_size refuses a grid over reals"
     return list(range(domain.low, domain.high + 1))
 
 

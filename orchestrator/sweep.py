@@ -130,8 +130,15 @@ class Sweep:
         )
 
     def _propose(self) -> None:
-        """Ask, a pack's worth at a time, until every idle worker has a pack to take."""
-        while self._asked < self._trials and self._scheduler.waiting < len(self._idle):
+        """Ask, a pack's worth at a time, until every idle worker has a pack to take.
+
+        What waits for a prerequisite keeps no worker busy, but was asked blindly: there is an end to it.
+        """
+        while (
+            self._asked < self._trials
+            and self._scheduler.runnable < len(self._idle)
+            and self._scheduler.blocked < self._config.workers
+        ):
             trials = self._ask(self._pack_limit())
             self._ledger.asked(trials)
             self._asked += len(trials)

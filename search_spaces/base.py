@@ -3,9 +3,10 @@
 A space is a Python file with one name, `SPACE`. Copy one, edit it, run it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Sampler = Literal["grid", "random", "tpe", "nsga2"]
 
@@ -47,6 +48,8 @@ class Int:
 
 
 def _check_bounds(low: float, high: float, *, log: bool) -> None:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"low={low}, high={high}; both must be finite")
     if low > high:
         raise ValueError(f"low={low} is above high={high}")
     if log and low <= 0:
@@ -64,10 +67,12 @@ class Grid:
     values: Sequence[bool | int | float | str]
 
     def __post_init__(self) -> None:
-        if not self.values or len(set(self.values)) < len(self.values):
-            raise ValueError(f"Grid({list(self.values)}) needs at least one value, each listed once")
         if wrong := [value for value in self.values if not isinstance(value, (bool, int, float, str))]:
             raise ValueError(f"Grid values are bool, int, float or str, not {wrong}")
+        if not self.values or len(set(self.values)) < len(self.values):
+            raise ValueError(f"Grid({list(self.values)}) needs at least one value, each listed once")
+        if wrong := [value for value in self.values if isinstance(value, float) and not math.isfinite(value)]:
+            raise ValueError(f"Grid values are finite, not {wrong}")
 
 
 Domain = Float | Int | Grid
@@ -115,6 +120,12 @@ class Space:
     def __post_init__(self) -> None:
         if not self.parameters:
             raise ValueError("parameters is empty; name at least one parameter to vary")
+        if wrong := {name: value for name, value in self.parameters.items() if not isinstance(value, Domain)}:
+            raise ValueError(
+                f"parameters {wrong}: each takes Float(low=, high=), Int(low=, high=) or Grid([...])"
+            )
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler={self.sampler!r}; it takes one of {list(get_args(Sampler))}")
         if not self.objectives:
             raise ValueError("objectives is empty; name at least one metric and its direction")
         if both := sorted(set(self.parameters) & set(self.fixed)):

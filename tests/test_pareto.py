@@ -107,7 +107,9 @@ def test_trials_without_every_objective_or_that_have_not_completed_are_left_out(
     assert [row["trial"] for row in pareto(sweep)] == [7]
 
 
-def test_equal_points_of_different_trials_are_all_kept_but_a_reused_result_is_one_point(tmp_path: Path) -> None:
+def test_equal_points_of_different_trials_are_all_kept_but_a_reused_result_is_one_point(
+    tmp_path: Path,
+) -> None:
     sweep = write_sweep(
         tmp_path,
         [
@@ -131,7 +133,9 @@ def test_the_report_split_stands_beside_the_select_split_and_does_not_choose(tmp
         ],
         objectives={"gain": "maximize"},
     )
-    assert pareto(sweep) == [{"trial": 0, "params": {}, "objectives": {"gain": 2.0}, "report": {"gain": -7.0}}]
+    assert pareto(sweep) == [
+        {"trial": 0, "params": {}, "objectives": {"gain": 2.0}, "report": {"gain": -7.0}}
+    ]
 
 
 def test_a_report_value_that_is_not_defined_is_none(tmp_path: Path) -> None:

@@ -71,11 +71,12 @@ def drive(
     max_pack: int = 4,
     sampler: str | None = None,
     on_result: Callable[[], None] = lambda: None,
+    pool: InlinePool | None = None,
     **pool_options: Any,
 ) -> Driven:
     """What `run_sweep` does, without Ray, mirror and report."""
     config = prepare(folder, space, workers=workers, max_pack=max_pack)
-    pool = InlinePool(folder, workers=workers, **pool_options)
+    pool = pool or InlinePool(folder, workers=workers, **pool_options)
     sweep = Sweep(
         folder,
         space=space,
@@ -378,21 +379,34 @@ def test_a_trial_that_others_require_is_computed_once_in_any_order(
 def test_while_a_prerequisite_runs_no_more_is_asked_than_idle_workers_could_take(tmp_path: Path) -> None:
     # What is asked before a result is known is asked blindly: a sampler learns nothing from waiting.
     space = make_space({"x": Int(low=1, high=1000)}, fixed={"source": 5}, sampler="tpe", trials=40)
-    config = prepare(tmp_path, space, workers=2, max_pack=4)
     pool = _SlowPool(tmp_path, rounds=12)
-    sweep = Sweep(
-        tmp_path,
-        space=space,
-        config=config,
-        trials=40,
-        sampler=open_sampler(tmp_path, space),
-        pool=pool,
-        progress=SilentProgress(),
-        on_result=lambda: None,
-    )
-    sweep.run()
+    drive(tmp_path, space, trials=40, pool=pool)
     assert pool.asked_meanwhile
     assert max(pool.asked_meanwhile) <= 2 * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_is_not_left_idle_while_the_prerequisites_of_others_run(tmp_path: Path, seed: int) -> None:
+    space = make_space({"source": Grid(list(range(1, 25)))}, fixed={"x": 1})
+    pool = _WatchfulPool(tmp_path, trials=24, workers=3, seed=seed)
+    drive(tmp_path, space, trials=24, workers=3, pool=pool)
+    check_ended(tmp_path, space, trials=24)
+    assert pool.most_idle == 0
+
+
+class _WatchfulPool(InlinePool):
+    """Notes how many workers have nothing to do although not everything was asked for."""
+
+    def __init__(self, folder: Path, *, trials: int, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self._folder = folder
+        self._trials = trials
+        self.most_idle = 0
+
+    def events(self, timeout_seconds: float) -> list[Any]:
+        if not self._news and len(read_asked(self._folder)) < self._trials:
+            self.most_idle = max(self.most_idle, len(self._idle))
+        return super().events(timeout_seconds)
 
 
 class _SlowPool(InlinePool):

@@ -5,10 +5,10 @@ Knows no job, no storage, no Ray.
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ _DTYPES = {
 }
 
 
+Kept = TypeVar("Kept")
+
+
 class Replica:
     """One model on one device.
 
@@ -41,7 +44,12 @@ class Replica:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.blocks: nn.ModuleList = find_blocks(model)
+        # A slice of the hidden states reaches the unembedding strided, which costs a slow batched product.
+        self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda unembedding, inputs: (inputs[0].contiguous(), *inputs[1:])
+        )
         self.token_budget = token_budget
+        self._kept: tuple[Hashable, Any] | None = None
 
     @property
     def layers(self) -> int:
@@ -75,8 +83,29 @@ class Replica:
         return frozenset(int(token) for token in [*ids, self.tokenizer.eos_token_id] if token is not None)
 
     @cached_property
+    def blocks_give_tuples(self) -> bool:
+        """Whether a block's forward returns a tuple with the hidden state first, and not the state alone."""
+        given: list[bool] = []
+        hook = self.blocks[0].register_forward_hook(
+            lambda block, inputs, output: given.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.inference_mode():
+                self.logits([[self.pad_id]], keep=1)
+        finally:
+            hook.remove()
+        return given[0]
+
+    @cached_property
     def _takes_logits_to_keep(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def keep(self, key: Hashable, build: Callable[[], Kept]) -> Kept:
+        """What `build` makes, kept until another key is asked for, so that the next pack finds it ready."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, build())
+        kept: Kept = self._kept[1]
+        return kept
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw text; the tokenizer's own start token, if it has one, is included."""

@@ -41,6 +41,10 @@ class RowTables:
     def __init__(self, by_layer: Mapping[int, Tensor]) -> None:
         self.by_layer = by_layer
 
+    def lowest(self, row: int) -> int | None:
+        """The lowest layer at which a row changes anything; None if it changes nothing."""
+        return min((layer for layer, table in self.by_layer.items() if bool(table[row].any())), default=None)
+
     def take(self, rows: Sequence[int]) -> dict[int, Tensor]:
         """Deltas of shape (S, 1, D) a layer for sequences that belong to these rows."""
         index = torch.tensor(rows)

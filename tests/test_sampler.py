@@ -1,0 +1,338 @@
+"""Proposals: each grid cell once, the same again after any restart, and what the study remembers."""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from orchestrator.sampler import OptunaSampler, Proposal
+from search_spaces.base import Float, Grid, Int, Objective, Sampler, Space
+
+PARAMETERS = {
+    "layer": Grid([3, 5, 7]),
+    "dose": Float(low=-2.0, high=2.0),
+    "radius": Float(low=0.01, high=100.0, log=True),
+    "count": Int(low=1, high=9),
+    "mode": Grid(["add", "ablate"]),
+}
+CELLS = {"layer": Grid([3, 5, 7]), "count": Int(low=-1, high=1), "mode": Grid(["add", "ablate"])}
+ADAPTIVE: tuple[Sampler, ...] = ("tpe", "nsga2")
+FREE: tuple[Sampler, ...] = ("random", *ADAPTIVE)
+
+
+def make_space(parameters: Mapping[str, Any] = PARAMETERS, *, sampler: Sampler = "random") -> Space:
+    return Space(
+        description="numbers",
+        job="tests.fake_job",
+        parameters=parameters,
+        objectives=[
+            Objective(metric="gain", direction="maximize"),
+            Objective(metric="harm", direction="minimize"),
+        ],
+        sampler=sampler,
+        trials=None if sampler == "grid" else 100,
+    )
+
+
+def open_sampler(folder: Path, name: Sampler, *, seed: int = 0, space: Space | None = None) -> OptunaSampler:
+    folder.mkdir(exist_ok=True)
+    journal = folder / "optuna.journal"
+    return OptunaSampler(space or make_space(), name=name, seed=seed, journal=journal, study="study")
+
+
+def load_study(folder: Path) -> optuna.Study:
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    return optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(backend))
+
+
+def values_of(params: Mapping[str, Any]) -> list[float]:
+    """A landscape for adaptive samplers to learn from."""
+    return [params["dose"] * params["layer"], math.log(params["radius"]) ** 2 + params["count"]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    # These tests survive the death of a process, not of a machine.
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def test_a_grid_proposes_each_cell_once_with_the_last_parameter_varying_fastest(tmp_path: Path) -> None:
+    space = make_space(CELLS, sampler="grid")
+    sampler = open_sampler(tmp_path, "grid", space=space)
+    proposals = [sampler.ask() for _ in range(18)]
+    assert [proposal.trial for proposal in proposals] == list(range(18))
+    cells = itertools.product([3, 5, 7], [-1, 0, 1], ["add", "ablate"])
+    assert [tuple(proposal.params.values()) for proposal in proposals] == list(cells)
+    assert all(list(proposal.params) == list(CELLS) for proposal in proposals)
+
+
+@pytest.mark.parametrize("half", [1, 7, 17])
+def test_a_grid_goes_on_where_it_was_when_the_study_is_reopened(tmp_path: Path, half: int) -> None:
+    space = make_space(CELLS, sampler="grid")
+    first = open_sampler(tmp_path, "grid", space=space)
+    before = [first.ask() for _ in range(half)]
+    for proposal in before[::2]:
+        first.tell(proposal.trial, [1.0, 2.0])
+    second = open_sampler(tmp_path, "grid", space=space)
+    after = [second.ask() for _ in range(18 - half)]
+    cells = itertools.product([3, 5, 7], [-1, 0, 1], ["add", "ablate"])
+    assert [tuple(proposal.params.values()) for proposal in [*before, *after]] == list(cells)
+
+
+def test_a_grid_is_walked_in_order_whatever_a_pack_would_hold_fixed(tmp_path: Path) -> None:
+    space = make_space(CELLS, sampler="grid")
+    sampler = open_sampler(tmp_path, "grid", space=space)
+    first = sampler.ask()
+    assert sampler.ask({"mode": first.params["mode"]}).params["mode"] != first.params["mode"]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_proposals_have_the_types_and_bounds_of_the_space(tmp_path: Path, name: Sampler) -> None:
+    sampler = open_sampler(tmp_path, name)
+    for _ in range(30):
+        proposal = sampler.ask()
+        params = proposal.params
+        assert {key: type(value) for key, value in params.items()} == {
+            "layer": int,
+            "dose": float,
+            "radius": float,
+            "count": int,
+            "mode": str,
+        }
+        assert params["layer"] in (3, 5, 7)
+        assert -2 <= params["dose"] <= 2
+        assert 0.01 <= params["radius"] <= 100
+        assert 1 <= params["count"] <= 9
+        sampler.tell(proposal.trial, values_of(params))
+
+
+def test_random_proposals_follow_from_seed_and_number_alone(tmp_path: Path) -> None:
+    told, untold = open_sampler(tmp_path / "told", "random"), open_sampler(tmp_path / "untold", "random")
+    other = open_sampler(tmp_path / "other", "random", seed=1)
+    first, second, third = [], [], []
+    for _ in range(8):
+        proposal = told.ask()
+        told.tell(proposal.trial, [0.0, 0.0])
+        first.append(proposal.params)
+        second.append(untold.ask().params)
+        third.append(other.ask().params)
+    assert first == second
+    assert not any(mine == others for mine, others in zip(first, third, strict=True))
+    assert len({params["dose"] for params in first}) == 8
+
+
+def run(folder: Path, name: Sampler, *, restarts: set[int], steps: int) -> list[Proposal]:
+    """Ask and tell as a driver with two workers would, with new drivers at some of the steps."""
+    sampler = open_sampler(folder, name)
+    proposals: list[Proposal] = []
+    for step in range(steps):
+        if step in restarts:
+            sampler = open_sampler(folder, name)
+        fixed = {"layer": proposals[-1].params["layer"]} if step % 4 else {}
+        proposals.append(sampler.ask(fixed))
+        if step >= 2:
+            ended = proposals[step - 2]
+            values = None if ended.params["count"] == 5 else values_of(ended.params)
+            sampler.tell(ended.trial, values, failed=ended.params["mode"] == "add")
+    return proposals
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_proposals_after_a_restart_are_those_without_one(tmp_path: Path, name: Sampler) -> None:
+    # TPE models from the 11th trial on; the genetic sampler has its second generation after 50.
+    steps = 110 if name == "nsga2" else 24
+    undisturbed = run(tmp_path / "undisturbed", name, restarts=set(), steps=steps)
+    assert len({proposal.params["radius"] for proposal in undisturbed}) > steps // 2
+    assert run(tmp_path / "once", name, restarts={3 * steps // 4}, steps=steps) == undisturbed
+    assert run(tmp_path / "often", name, restarts=set(range(0, steps, 3)), steps=steps) == undisturbed
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_adaptive_sampler_proposes_otherwise_when_it_was_told_otherwise(
+    tmp_path: Path, name: Sampler
+) -> None:
+    samplers = [open_sampler(tmp_path / str(sign), name, space=make_space()) for sign in (1, -1)]
+    last: list[list[dict[str, Any]]] = [[], []]
+    for _ in range(60):
+        for sampler, sign, params in zip(samplers, (1, -1), last, strict=True):
+            proposal = sampler.ask()
+            params.append(proposal.params)
+            sampler.tell(proposal.trial, [sign * value for value in values_of(proposal.params)])
+    assert last[0][0] == last[1][0]
+    assert last[0] != last[1]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_parameters_that_are_held_fixed_are_held_and_the_others_still_vary(
+    tmp_path: Path, name: Sampler
+) -> None:
+    sampler = open_sampler(tmp_path, name)
+    held = {"layer": 5, "mode": "ablate", "dose": 0.25}
+    doses = set()
+    for step in range(26):
+        proposal = sampler.ask(held if step % 2 else None)
+        if step % 2:
+            assert {key: proposal.params[key] for key in held} == held
+        doses.add(proposal.params["radius"])
+        sampler.tell(proposal.trial, values_of(proposal.params))
+    assert len(doses) == 26
+
+
+def test_a_proposal_says_how_many_results_were_known(tmp_path: Path) -> None:
+    sampler = open_sampler(tmp_path, "random")
+    assert sampler.ask().seen == 0
+    assert sampler.ask().seen == 0
+    sampler.tell(0, [1.0, 1.0])
+    assert sampler.ask().seen == 1
+    sampler.tell(1, None, failed=True)
+    sampler.tell(2, None)
+    assert sampler.ask().seen == 3
+    again = open_sampler(tmp_path, "random")
+    for trial in range(3):
+        again.tell(trial, [1.0, 1.0])
+    assert again.ask().seen == 3, "a trial that is told again is no further result"
+
+
+def test_telling_again_changes_nothing(tmp_path: Path) -> None:
+    sampler = open_sampler(tmp_path, "random")
+    for _ in range(3):
+        sampler.ask()
+    sampler.tell(0, [1.0, 2.0])
+    sampler.tell(1, None)
+    sampler.tell(2, None, failed=True)
+    before = [(trial.state, trial.values, trial.system_attrs) for trial in load_study(tmp_path).trials]
+    content = (tmp_path / "optuna.journal").read_bytes()
+    for again in (sampler, open_sampler(tmp_path, "random")):
+        for trial, values in itertools.product(range(3), ([3.0, 4.0], None)):
+            again.tell(trial, values, failed=values is None and trial == 0)
+    assert [
+        (trial.state, trial.values, trial.system_attrs) for trial in load_study(tmp_path).trials
+    ] == before
+    assert (tmp_path / "optuna.journal").read_bytes().startswith(content)
+
+
+def test_an_infeasible_trial_is_pruned_with_a_constraint_and_a_failed_one_fails(tmp_path: Path) -> None:
+    sampler = open_sampler(tmp_path, "tpe")
+    for _ in range(3):
+        sampler.ask()
+    sampler.tell(0, [1.0, 2.0])
+    sampler.tell(1, None)
+    sampler.tell(2, None, failed=True)
+    completed, infeasible, failed = load_study(tmp_path).trials
+    assert (completed.state, completed.values) == (TrialState.COMPLETE, [1.0, 2.0])
+    assert infeasible.state == TrialState.PRUNED
+    assert max(infeasible.constraints.values()) > 0
+    assert failed.state == TrialState.FAIL
+    assert not completed.constraints
+    assert not failed.constraints
+
+
+def test_an_infeasible_trial_whose_driver_died_between_constraint_and_state_can_be_told(
+    tmp_path: Path,
+) -> None:
+    sampler = open_sampler(tmp_path, "random")
+    sampler.ask()
+    sampler.tell(0, None)
+    journal = tmp_path / "optuna.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]))
+    [trial] = load_study(tmp_path).trials
+    assert trial.state == TrialState.RUNNING
+    assert trial.constraints
+    open_sampler(tmp_path, "random").tell(0, None)
+    [trial] = load_study(tmp_path).trials
+    assert trial.state == TrialState.PRUNED
+
+
+def test_the_study_opens_with_optuna_alone_and_names_its_objectives(tmp_path: Path) -> None:
+    sampler = open_sampler(tmp_path, "tpe")
+    proposal = sampler.ask()
+    sampler.tell(proposal.trial, [1.0, 2.0])
+    study = load_study(tmp_path)
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["gain", "harm"]
+    [trial] = study.best_trials
+    assert (trial.params, trial.values) == (proposal.params, [1.0, 2.0])
+    distributions = trial.distributions
+    assert distributions["radius"] == optuna.distributions.FloatDistribution(0.01, 100.0, log=True)
+    assert distributions["count"] == optuna.distributions.IntDistribution(1, 9)
+    assert distributions["mode"] == optuna.distributions.CategoricalDistribution(["add", "ablate"])
+
+
+@pytest.mark.parametrize("name", [*FREE, "grid"])
+def test_adopted_are_the_open_trials_that_nobody_recorded_with_their_parameters(
+    tmp_path: Path, name: Sampler
+) -> None:
+    space = make_space(CELLS, sampler="grid") if name == "grid" else make_space()
+    sampler = open_sampler(tmp_path, name, space=space)
+    proposals = [sampler.ask() for _ in range(6)]
+    sampler.tell(1, [1.0, 2.0])
+    sampler.tell(2, None)
+    again = open_sampler(tmp_path, name, space=space)
+    adopted = again.adopt([0, 1, 2, 4])
+    assert [(proposal.trial, proposal.params) for proposal in adopted] == [
+        (3, proposals[3].params),
+        (5, proposals[5].params),
+    ]
+    assert {proposal.seen for proposal in adopted} == {2}
+    assert again.adopt([0, 1, 2, 3, 4, 5]) == []
+    assert again.ask().trial == 6
+
+
+@pytest.mark.parametrize("name", ["random", "grid"])
+def test_a_journal_cut_anywhere_gives_the_same_proposals_again(tmp_path: Path, name: Sampler) -> None:
+    # A driver that dies while it asks leaves a trial with some of its parameters, and half a line.
+    space = make_space(CELLS, sampler="grid") if name == "grid" else make_space()
+    sampler = open_sampler(tmp_path, name, space=space)
+    proposals = [sampler.ask()]
+    journal = tmp_path / "optuna.journal"
+    start = journal.stat().st_size
+    proposals += [sampler.ask() for _ in range(2)]
+    content = journal.read_bytes()
+    for cut in range(start, len(content), 23):
+        journal.write_bytes(content[:cut])
+        again = open_sampler(tmp_path, name, space=space)
+        adopted = again.adopt([0])
+        rest = [again.ask() for _ in range(2 - len(adopted))]
+        assert [*adopted, *rest] == proposals[1:]
+        again.tell(1, [1.0, 2.0])
+        states = [trial.state for trial in load_study(tmp_path).trials]
+        assert states == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.RUNNING]
+
+
+def test_the_lock_of_a_driver_that_was_killed_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_sampler(tmp_path, "random").ask()
+    (tmp_path / "optuna.journal.lock").symlink_to(tmp_path / "optuna.journal")
+
+    def wait(seconds: float) -> None:
+        raise AssertionError("it waits for a lock that nobody holds")
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert open_sampler(tmp_path, "random").ask().trial == 1
+
+
+@settings(max_examples=30)
+@given(
+    low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6), first=st.integers(-50, 50), count=st.integers(0, 50),
+    seed=st.integers(0, 2**40),
+)  # fmt: skip
+def test_any_bounds_and_any_seed_are_kept(
+    tmp_path_factory: pytest.TempPathFactory, low: float, width: float, first: int, count: int, seed: int
+) -> None:
+    space = make_space({"a": Float(low=low, high=low + width), "b": Int(low=first, high=first + count)})
+    sampler = open_sampler(tmp_path_factory.mktemp("study"), "random", seed=seed, space=space)
+    for _ in range(3):
+        params = sampler.ask().params
+        assert low <= params["a"] <= low + width
+        assert first <= params["b"] <= first + count

@@ -1,0 +1,550 @@
+"""What a user can get wrong before anything is spent, and the one clear line that each mistake gets."""
+
+import dataclasses
+import errno
+import getpass
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.errors import ModelError, SpecError
+from jobs.spec import ModelRef
+from orchestrator.config import RunConfig, make_config, split_settings
+from orchestrator.folder import claim, differences, driving, identify
+from orchestrator.space_file import (
+    SpaceFile,
+    check_space,
+    column_types,
+    grid_cell,
+    grid_size,
+    load_space,
+    with_fixed,
+)
+from search_spaces.base import Float, Grid, Int, Objective, Space
+
+ROOT = Path(__file__).parents[1]
+TOTAL = Objective(metric="total", direction="maximize")
+SOURCE = """
+from search_spaces.base import Grid, Objective, Space
+
+SPACE = Space(
+    description="numbers",
+    job="tests.fake_job",
+    parameters={"x": Grid([1, 2])},
+    objectives=[Objective(metric="total", direction="maximize")],
+    sampler="grid",
+)
+"""
+
+
+def make_space(parameters: Mapping[str, Any] | None = None, **changes: Any) -> Space:
+    values: dict[str, Any] = {
+        "description": "numbers",
+        "job": "tests.fake_job",
+        "parameters": {"x": Grid([1, 2])} if parameters is None else parameters,
+        "objectives": [TOTAL],
+        "sampler": "grid",
+        **changes,
+    }
+    return Space(**values)
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_line(error: BaseException, *parts: str) -> None:
+    """One line that names every part."""
+    line = str(error)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.folder.provenance", dict)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelRef:
+    """A model folder of which only the configuration is there: six layers."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_hidden_layers": 6}')
+    return ModelRef(id=str(folder))
+
+
+WRONG: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+    "no parameters": (lambda: make_space({}), ("parameters is empty",)),
+    "no objectives": (lambda: make_space(objectives=[]), ("objectives is empty",)),
+    "a list for a domain": (lambda: make_space({"x": [1, 2]}), ("'x': [1, 2]", "Grid([...])")),
+    "fixed and varied": (lambda: make_space(fixed={"x": 1}), ("['x']", "keep one of them")),
+    "no trials": (lambda: make_space(trials=0), ("trials=0", "1 or more")),
+    "an endless search": (lambda: make_space(sampler="tpe"), ("'tpe'", "trials=N")),
+    "a real grid": (lambda: make_space({"y": Float(low=0, high=1)}), ("['y']", "Grid([...])")),
+    "an unknown sampler": (lambda: make_space(sampler="gird", trials=3), ("'gird'", "'grid'", "'tpe'")),
+    "a direction": (lambda: Objective(metric="a", direction="up"), ("'up'", "'minimize' or 'maximize'")),
+    "bounds of a real": (lambda: Float(low=2, high=1), ("low=2", "high=1")),
+    "bounds of a whole number": (lambda: Int(low=2, high=1), ("low=2", "high=1")),
+    "an endless real": (lambda: Float(low=0, high=math.inf), ("high=inf", "finite")),
+    "an undefined real": (lambda: Float(low=math.nan, high=1), ("low=nan", "finite")),
+    "a logarithm of 0": (lambda: Float(low=0, high=1, log=True), ("low=0", "above 0")),
+    "a logarithm of a whole 0": (lambda: Int(low=0, high=1, log=True), ("low=0", "above 0")),
+    "an empty grid": (lambda: Grid([]), ("at least one value",)),
+    "a value twice": (lambda: Grid([1, 2, 1]), ("[1, 2, 1]", "listed once")),
+    "a value twice in other words": (lambda: Grid([1, True]), ("[1, True]", "listed once")),
+    "a list in a grid": (lambda: Grid([[1], [2]]), ("[1]", "bool, int, float or str")),  # type: ignore[list-item]
+    "nothing in a grid": (lambda: Grid([None, 1]), ("None", "bool, int, float or str")),  # type: ignore[list-item]
+    "an undefined value in a grid": (lambda: Grid([1.0, math.nan]), ("nan", "finite")),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_space_that_cannot_be_meant_names_what_was_given_and_what_is_allowed(mistake: str) -> None:
+    make, parts = WRONG[mistake]
+    with pytest.raises(ValueError, match=".") as error:
+        make()
+    check_line(error.value, *parts)
+
+
+def test_a_space_file_is_loaded_with_its_name_and_text_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    file = load_space(path)
+    assert (file.space, file.name, file.source) == (make_space(), "mine", SOURCE)
+    assert files_under(tmp_path) == {"mine.py": SOURCE.encode()}
+
+
+def test_a_space_file_that_was_changed_within_a_second_is_read_anew(tmp_path: Path) -> None:
+    # Python's own cache compares whole seconds and sizes.
+    path = tmp_path / "mine.py"
+    for text in (SOURCE, SOURCE.replace("[1, 2]", "[3, 4]")):
+        path.write_text(text)
+        os.utime(path, (1e9, 1e9))
+        file = load_space(path)
+    assert file.source == text
+    assert file.space.parameters == {"x": Grid([3, 4])}
+
+
+BROKEN = {
+    "syntax": ("a = 1\nb = (\n", ("line 2", "SyntaxError")),
+    "indentation": ("a = 1\n  b = 2\n", ("line 2", "IndentationError")),
+    "a name": ("\n\nSPACE = Spaec()\n", ("line 3", "NameError", "Spaec")),
+    "an import": ("import nonsense_that_is_absent\n", ("line 1", "nonsense_that_is_absent")),
+    "a value": (SOURCE.replace("Grid([1, 2])", "Grid([])"), ("line 7", "at least one value")),
+    "a keyword": (SOURCE.replace("sampler=", "smapler="), ("line 4", "smapler")),
+    "deep inside": ("def f():\n    raise KeyError('deep')\n\nf()\n", ("line 2", "deep")),
+    "many lines": ("raise RuntimeError('first\\nsecond')\n", ("line 1", "first")),
+    "no words": ("raise RuntimeError\n", ("line 1", "RuntimeError")),
+    "no SPACE": ("a = 1\n", ("SPACE = Space(...)",)),
+    "another SPACE": ("SPACE = {'job': 'jobs.steer'}\n", ("SPACE = Space(...)",)),
+    "another encoding": ("name = 'é'\n".encode("latin-1"), ("UnicodeDecodeError",)),
+    "no text": (b"a = 1\0\n", ("mine.py",)),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_space_file_that_does_not_run_is_named_with_its_line(tmp_path: Path, mistake: str) -> None:
+    content, parts = BROKEN[mistake]
+    path = tmp_path / "mine.py"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SpecError) as error:
+        load_space(path)
+    check_line(error.value, str(path), *parts)
+
+
+def test_a_space_file_that_is_not_there_says_so(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.py", tmp_path):
+        with pytest.raises(SpecError) as error:
+            load_space(path)
+        check_line(error.value, f"no space file {path}")
+
+
+def test_an_error_in_another_file_is_not_given_a_line_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_beside.py").write_text("\n\n\n\n\nb = (\n")
+    (tmp_path / "mine.py").write_text("import broken_beside\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SpecError) as error:
+        load_space(tmp_path / "mine.py")
+    check_line(error.value, "mine.py, line 1", "broken_beside.py")
+
+
+def test_every_space_of_the_project_loads_and_passes_its_own_checks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_layer": 40}')
+    paths = [path for path in (ROOT / "search_spaces").glob("*.py") if path.stem not in ("__init__", "base")]
+    assert paths
+    for path in paths:
+        check_space(load_space(path).space, ModelRef(id=str(tmp_path)))
+
+
+UNFIT: dict[str, tuple[Space, tuple[str, ...]]] = {
+    "a job": (make_space(job="jobs.nonsense"), ("'jobs.nonsense'", "'jobs.steer'")),
+    "a module that is no job": (make_space(job="jobs.spec"), ("jobs.spec", "lacks", "METRICS")),
+    "an objective": (
+        make_space(objectives=[Objective(metric="totla", direction="maximize")]),
+        ("'totla'", "'square'", "did you mean 'total'?"),
+    ),
+    "a later objective": (
+        make_space(objectives=[TOTAL, Objective(metric="zzz", direction="maximize")]),
+        ("'zzz'", "['square', 'total']"),
+    ),
+    "a parameter": (
+        make_space({"xx": Grid([1])}, fixed={"x": 1}),
+        ("['xx']", "'group'", "did you mean 'x'?"),
+    ),
+    "a fixed parameter": (make_space(fixed={"gruop": "a"}), ("['gruop']", "did you mean 'group'?")),
+    "a parameter that is needed": (make_space({"y": Grid([1.0])}), ("['x']", "needs")),
+    "a type": (make_space({"x": Grid([1, 2.5])}), ("x=2.5", "float", "int")),
+    "a fixed type": (make_space(fixed={"group": 3}), ("group=3", "str")),
+    "a truth for a number": (make_space({"x": Grid([True])}), ("x=True", "int")),
+    "a bound that the job refuses": (make_space({"x": Int(low=-2000, high=5)}), ("x=-2000", "-1000 or more")),
+    "data that cannot be read": (make_space(fixed={"group": "unreadable"}), ("'unreadable'",)),
+    "a layer": (make_space({"x": Grid([1]), "layer": Grid([0, 5, 6])}), ("layer=6", "0 to 5")),
+    "the last layer of a range": (
+        make_space({"x": Grid([1]), "layer": Int(low=0, high=9)}),
+        ("layer=9", "0 to 5"),
+    ),
+    "a negative layer": (make_space({"x": Grid([1]), "layer": Grid([-1])}), ("layer=-1", "0 to 5")),
+    "a fixed layer": (make_space(fixed={"layer": 6}), ("layer=6", "0 to 5")),
+}
+
+
+@pytest.mark.parametrize("mistake", UNFIT)
+def test_a_space_that_its_job_or_model_cannot_run_names_what_does_not_fit(
+    model: ModelRef, mistake: str
+) -> None:
+    space, parts = UNFIT[mistake]
+    with pytest.raises(SpecError) as error:
+        check_space(space, model)
+    check_line(error.value, *parts)
+
+
+def test_a_space_that_fits_is_not_refused(model: ModelRef) -> None:
+    check_space(
+        make_space(
+            {"x": Int(low=-1000, high=5), "y": Grid([1, 2.5]), "layer": Int(low=0, high=5)},
+            fixed={"mode": "ok"},
+        ),
+        model,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "layers"),
+    [
+        ('{"n_layer": 6}', 6),
+        ('{"num_layers": 6}', 6),
+        ('{"text_config": {"num_hidden_layers": 6}}', 6),
+        ('{"hidden_size": 6}', None),
+    ],
+)
+def test_layers_are_checked_where_the_configuration_states_them(
+    model: ModelRef, content: str, layers: int | None
+) -> None:
+    (Path(model.id) / "config.json").write_text(content)
+    space = make_space(fixed={"layer": 6})
+    if layers is None:
+        check_space(space, model)
+    else:
+        with pytest.raises(SpecError, match="0 to 5"):
+            check_space(space, model)
+
+
+def test_a_model_that_is_not_to_be_had_is_named(
+    tmp_path: Path, model: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ModelError) as error:
+        check_space(make_space(), ModelRef(id="smollm2-135m"))
+    check_line(error.value, "smollm2-135m", "steersweep models add")
+    with pytest.raises(ModelError) as error:
+        check_space(make_space(), ModelRef(id="no such model", revision="v1"))
+    check_line(error.value, "'no such model'", "'v1'", "smollm2-135m", "Hugging Face id")
+    (Path(model.id) / "config.json").write_text("{")
+    with pytest.raises(ModelError) as error:
+        check_space(make_space(), model)
+    check_line(error.value, model.id, "configuration")
+
+
+DOMAIN = st.one_of(
+    st.builds(lambda low, more: Int(low=low, high=low + more), st.integers(-3, 3), st.integers(0, 3)),
+    st.lists(st.integers() | st.text(max_size=2) | st.floats(-2, 2), min_size=1, max_size=3, unique=True).map(
+        Grid
+    ),
+)
+
+
+@given(domains=st.lists(DOMAIN, min_size=1, max_size=4))
+def test_the_cells_of_a_grid_are_the_product_of_its_values(domains: list[Any]) -> None:
+    space = make_space({f"p{number}": domain for number, domain in enumerate(domains)})
+    values = [
+        domain.values if isinstance(domain, Grid) else range(domain.low, domain.high + 1)
+        for domain in domains
+    ]
+    cells = [grid_cell(space, index) for index in range(grid_size(space))]
+    assert [tuple(cell.values()) for cell in cells] == list(itertools.product(*values))
+    assert all(list(cell) == list(space.parameters) for cell in cells)
+
+
+def test_a_grid_over_a_real_parameter_is_refused_when_it_is_asked_for_later() -> None:
+    space = make_space({"y": Float(low=0, high=1), "x": Grid([1])}, sampler="tpe", trials=3)
+    with pytest.raises(SpecError) as error:
+        grid_size(space)
+    check_line(error.value, "['y']", "Grid([...])")
+
+
+@pytest.mark.parametrize(
+    ("domain", "wanted"),
+    [
+        (Int(low=0, high=2), "BIGINT"),
+        (Float(low=0, high=2), "DOUBLE"),
+        (Grid([1, 2]), "BIGINT"),
+        (Grid([1, 2.5]), "DOUBLE"),
+        (Grid([0.5]), "DOUBLE"),
+        (Grid(["a", "b"]), "VARCHAR"),
+        (Grid([True, False]), "BOOLEAN"),
+        (Grid([1, "a"]), "VARCHAR"),
+        (Grid([True, 2.5]), "VARCHAR"),
+    ],
+)
+def test_a_column_has_the_narrowest_type_that_holds_all_values(domain: Any, wanted: str) -> None:
+    space = make_space({"p": domain}, sampler="random", trials=1)
+    assert column_types(space) == {"p": wanted}
+
+
+def test_fixed_values_from_the_command_line_have_the_types_of_the_job() -> None:
+    space = make_space(fixed={"y": 1.0, "mode": "ok"})
+    changed = with_fixed(space, {"y": "2.5", "group": "007", "layer": "3", "mode": "true"})
+    assert changed.fixed == {"y": 2.5, "group": "007", "layer": 3, "mode": "true"}
+    assert space.fixed == {"y": 1.0, "mode": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("gruop", ("gruop", "'group'")), ("x", ("space.x", "varies it"))]
+)
+def test_a_value_that_the_command_line_cannot_fix_is_refused(name: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(SpecError) as error:
+        with_fixed(make_space(), {name: "1"})
+    check_line(error.value, *parts)
+
+
+def test_settings_are_split_at_their_first_equals_sign() -> None:
+    fields, fixed = split_settings(["model=a/b@c=d", "space.mode=x=y", "space.group="])
+    assert (fields, fixed) == ({"model": "a/b@c=d"}, {"mode": "x=y", "group": ""})
+
+
+@pytest.mark.parametrize("text", ["model", "=1", ""])
+def test_a_setting_without_key_or_value_is_refused(text: str) -> None:
+    with pytest.raises(SpecError) as error:
+        split_settings([text])
+    check_line(error.value, repr(text), "key=value")
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"wrokers": "2"}, ("wrokers", "'workers'", "space.NAME")),
+        ({"workers": "0"}, ("workers='0'", "greater than or equal to 1")),
+        ({"workers": "two"}, ("workers='two'", "integer")),
+        ({"seed": "-1"}, ("seed='-1'",)),
+        ({"sampler": "gird"}, ("sampler='gird'", "'grid'", "'tpe'")),
+        ({"trials": "0"}, ("trials='0'",)),
+        ({"worker_wait_seconds": "0"}, ("worker_wait_seconds='0'",)),
+        ({"trust_remote_code": "perhaps"}, ("trust_remote_code='perhaps'",)),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(values: dict[str, str], parts: tuple[str, ...]) -> None:
+    with pytest.raises(SpecError) as error:
+        make_config(**values)
+    check_line(error.value, *parts)
+
+
+def test_settings_are_converted_and_what_was_not_given_keeps_its_default() -> None:
+    config = make_config(workers="3", gpus_per_worker="0.5", trials=None, model="a/b@main", dtype="bfloat16")
+    assert (config.workers, config.gpus_per_worker, config.trials) == (3, 0.5, None)
+    assert config.seed == RunConfig().seed
+    assert config.model_ref == ModelRef(id="a/b", revision="main", dtype="bfloat16")
+    assert make_config(model="a/b").model_ref.revision is None
+
+
+FILE = SpaceFile(make_space(fixed={"group": "a"}), "mine", SOURCE)
+
+
+def test_a_new_folder_is_claimed_with_the_space_and_recognised_again(tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps" / "one"
+    identity = claim(folder, FILE, RunConfig())
+    assert sorted(files_under(folder)) == ["space.py", "sweep.json"]
+    assert (folder / "space.py").read_text() == SOURCE
+    before = files_under(folder)
+    assert claim(folder, FILE, RunConfig()) == identity
+    assert files_under(folder) == before
+
+
+def test_an_identity_says_what_a_reader_of_the_tables_needs() -> None:
+    identity = identify(FILE, RunConfig(model="a/b@c", seed=5))
+    assert identity["job"] == "tests.fake_job"
+    assert identity["parameters"] == {"x": "BIGINT"}
+    assert identity["objectives"] == [{"metric": "total", "direction": "maximize"}]
+    assert set(identity["metrics"]) == {"total", "square"}
+    assert (identity["model"]["id"], identity["model"]["revision"], identity["seed"]) == ("a/b", "c", 5)
+    assert json.loads(json.dumps(identity)) == identity
+
+
+def test_a_sweep_whose_fixed_values_json_spells_otherwise_is_still_the_same(tmp_path: Path) -> None:
+    file = FILE._replace(space=make_space(fixed={"blocks": (1, 2)}))
+    assert claim(tmp_path / "one", file, RunConfig()) == claim(tmp_path / "one", file, RunConfig())
+
+
+CHANGES: dict[str, tuple[SpaceFile, RunConfig, tuple[str, ...]]] = {
+    "seed": (FILE, RunConfig(seed=1), ("seed=0 (now 1)",)),
+    "model and trials": (FILE, RunConfig(model="a/b", trials=3), ("'smollm2-135m' (now 'a/b')", "trials=None (now 3)")),
+    "text": (FILE._replace(source=SOURCE + "\n"), RunConfig(), ("another space file",)),
+    "name": (FILE._replace(name="other"), RunConfig(), ("space='mine' (now 'other')",)),
+    "fixed": (
+        FILE._replace(space=make_space(fixed={"group": "b"})), RunConfig(), ("{'group': 'a'} (now {'group': 'b'})",)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_of_another_sweep_is_refused_and_the_difference_named(tmp_path: Path, change: str) -> None:
+    file, config, parts = CHANGES[change]
+    identity = claim(tmp_path / "one", FILE, RunConfig())
+    before = files_under(tmp_path)
+    with pytest.raises(SpecError) as error:
+        claim(tmp_path / "one", file, config)
+    check_line(error.value, identity["sweep"], "--out", *parts)
+    assert files_under(tmp_path) == before
+    assert differences(identity, identify(file, config)) in str(error.value)
+    assert claim(tmp_path / "two", file, config)["sweep"] != identity["sweep"]
+
+
+def test_sweeps_do_not_differ_in_when_and_where_they_were_started() -> None:
+    one = identify(FILE, RunConfig())
+    other = {**one, "provenance": {"python": "9"}, "description": "better words"}
+    assert differences(one, other) == ""
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "space.py", "tables"])
+def test_a_folder_that_holds_anything_else_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / "one").mkdir()
+    if name == "tables":
+        (tmp_path / "one" / name).mkdir()
+    else:
+        (tmp_path / "one" / name).write_text("SPACE = 'mine'")
+    before = files_under(tmp_path)
+    with pytest.raises(SpecError) as error:
+        claim(tmp_path / "one", FILE, RunConfig())
+    check_line(error.value, "not empty", "--out")
+    assert files_under(tmp_path) == before
+    assert (tmp_path / "one" / name).exists()
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    claim(tmp_path, FILE, RunConfig())
+    assert sorted(files_under(tmp_path)) == ["space.py", "sweep.json"]
+
+
+def test_a_folder_whose_driver_was_killed_while_it_was_made_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "space.py").write_text(SOURCE)
+    (tmp_path / ".sweep.json.0a1b2c3d").write_text('{"swe')
+    claim(tmp_path, FILE, RunConfig())
+    assert json.loads((tmp_path / "sweep.json").read_text())["space"] == "mine"
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_claim_on_a_full_disk_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int, exists: bool
+) -> None:
+    calls = iter(range(allowed))
+
+    def refuse(file: int) -> None:
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if exists:
+        (tmp_path / "one").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refuse)
+        with pytest.raises(SpecError) as error:
+            claim(tmp_path / "one", FILE, RunConfig())
+    check_line(error.value, str(tmp_path / "one"), "No space left")
+    assert files_under(tmp_path) == {}
+    claim(tmp_path / "one", FILE, RunConfig())
+
+
+def test_a_claim_on_a_file_is_one_line_and_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    for folder in (path, path / "below"):
+        with pytest.raises(SpecError) as error:
+            claim(folder, FILE, RunConfig())
+        check_line(error.value, str(folder), "--out")
+    assert files_under(tmp_path) == {"file": b"mine"}
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from orchestrator.folder import driving
+
+with driving(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_driver_is_refused_and_told_who_is_the_first_until_that_one_is_dead(tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(SpecError) as error, driving(tmp_path):
+                pass
+            check_line(error.value, str(tmp_path), getpass.getuser(), f"process {first.pid}")
+    finally:
+        first.kill()
+        first.communicate()
+    with driving(tmp_path), pytest.raises(SpecError) as error, driving(tmp_path):
+        pass
+    check_line(error.value, f"process {os.getpid()}")
+
+
+def test_a_driver_that_fails_lets_go_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), driving(tmp_path):
+        raise KeyboardInterrupt
+    with driving(tmp_path):
+        pass
+
+
+def test_spaces_and_domains_cannot_be_changed() -> None:
+    space = make_space()
+    for thing, name in (
+        (space, "trials"),
+        (TOTAL, "metric"),
+        (Grid([1]), "values"),
+        (Int(low=0, high=1), "low"),
+    ):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, 3)
