@@ -47,11 +47,11 @@ class Params:
     component: int = 0
     choices: str = "tone_choices"
     choices_select: int = 40
-    choices_report: int = 24
+    choices_report: int = 16
     prompts: str = "open_prompts"
     prompts_select: int = 6
     prompts_report: int = 2
-    max_new_tokens: int = 24
+    max_new_tokens: int = 20
 
     def __post_init__(self) -> None:
         if self.layer < 0:
