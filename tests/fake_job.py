@@ -132,7 +132,7 @@ def _outcomes(params: Params) -> list[Outcome]:
         case "bad text":
             return [Outcome(metrics=metrics, tables={"items": [{"prompt": "half a pair \ud800"}]})]
         case "bad metric":
-            return [Outcome(metrics={"select": {"total": "not a number"}})]  # type: ignore[dict-item]
+            return [Outcome(metrics={"select": {"total": "not a number"}})]
         case "bad tensor":
             return [Outcome(metrics=metrics, tensors={"a": np.array([object()])})]
     raise ValueError(f"mode={params.mode!r}")

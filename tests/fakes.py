@@ -166,7 +166,7 @@ class InlinePool:
             case "before":
                 return self._lose(worker, f"order {number} took its worker along, before its first report")
             case "after":
-                reports.close()  # type: ignore[attr-defined]
+                reports.close()
                 self._busy[worker] = (number, self._dying(number), replica)
         return Event(worker, "report", report)
 

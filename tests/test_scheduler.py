@@ -74,7 +74,7 @@ def test_prerequisites_go_first_and_once_however_many_need_them(scheduler: Sched
     assert (scheduler.runnable, scheduler.blocked) == (2, 3)
     order = [specs(pack) for pack in packs_of(scheduler)]
     assert order[0] == ["s"]
-    assert sorted(sum(order, [])) == ["free", "s", "t0", "t1", "t2"]
+    assert sorted(spec for pack in order for spec in pack) == ["free", "s", "t0", "t1", "t2"]
 
 
 def test_what_needs_a_prerequisite_waits_while_the_rest_runs(scheduler: Scheduler) -> None:
@@ -337,7 +337,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         trials = [group for group in self._groups(trials=True) if self._can_run(group)]
         pack = self.scheduler.next_pack()
         if pack is None:
-            assert not (self.again or sources or trials)
+            assert not self.again
+            assert not sources
+            assert not trials
             return
         inside = specs(pack)
         assert inside
@@ -440,5 +442,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.accounts_agree()
 
 
-class TestAnyOrderOfResultsDeathsAndSplits(SchedulerMachine.TestCase):  # type: ignore[name-defined,misc]
+class TestAnyOrderOfResultsDeathsAndSplits(SchedulerMachine.TestCase):
     settings = settings(max_examples=150, stateful_step_count=40)

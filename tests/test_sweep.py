@@ -576,19 +576,26 @@ def test_an_artifact_that_was_deleted_is_computed_again_without_a_second_result(
 
 
 class Scenario(NamedTuple):
-    """A sweep that is stopped and taken up again."""
+    """A sweep that is stopped and taken up again, and at every how many events."""
 
     space: Space
     trials: int
     losses: dict[int, Any]
+    every: int = 1
 
 
 SCENARIOS = {
-    "grid": Scenario(make_space({"x": Grid([0, 1, 2, 3]), "y": Grid([1.0, 2.0])}), 8, {}),
+    "grid": Scenario(make_space({"x": Grid([0, 1, 2]), "y": Grid([1.0, 2.0])}), 6, {}),
     "prerequisites and failures": Scenario(
         make_space({"mode": Grid(["ok", "fail", "raise", "nan"]), "x": Grid([1, 2])}, fixed={"source": 5}),
         8,
         {2: "after"},
+    ),
+    "random packs": Scenario(
+        make_space({"group": Grid(["a", "b", "c"]), "x": Int(low=1, high=99)}, sampler="random", trials=18),
+        18,
+        {3: "after"},
+        every=6,
     ),
     "random with duplicates": Scenario(
         make_space({"x": Int(low=0, high=2), "y": Grid([1.0, 2.0])}, sampler="random", trials=10),
@@ -627,8 +634,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 def test_a_sweep_stopped_at_any_event_ends_as_if_it_had_not_been(
     tmp_path: Path, name: str, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
-    space, trials, losses = SCENARIOS[name]
-    for stop_at in range(1, 200):
+    space, trials, losses, every = SCENARIOS[name]
+    for stop_at in range(1, 200, every):
         folder = tmp_path / str(stop_at)
         try:
             drive(folder, space, trials=trials, losses=losses, stop_at=stop_at)
@@ -645,7 +652,7 @@ def test_a_sweep_stopped_at_any_event_ends_as_if_it_had_not_been(
 def test_a_sweep_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
     tmp_path: Path, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
-    for name, (space, trials, _) in SCENARIOS.items():
+    for name, (space, trials, _, _) in SCENARIOS.items():
         folder = tmp_path / name
         for stop_at in [1, 2, 3, 4, 5, 6, 5, 4, 5, 6, 7, 8, None]:
             try:
@@ -662,7 +669,7 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
     name = "prerequisites and failures"
-    space, trials, _ = SCENARIOS[name]
+    space, trials, _, _ = SCENARIOS[name]
     for last in range(1, 400, 7):
         folder = tmp_path / str(last)
         prepare(folder, space)
@@ -705,7 +712,7 @@ def test_a_driver_killed_at_any_write_leaves_a_sweep_that_goes_on(
 ) -> None:
     # A real death: no handler runs, locks stay, and the write that was under way may be torn.
     name = "random with duplicates"
-    space, trials, _ = SCENARIOS[name]
+    space, trials, _, _ = SCENARIOS[name]
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
     for last in range(1 + torn, 400, 9):
