@@ -112,7 +112,7 @@ def _extracted(params: Params, positive_NLD: "Tensor", negative_NLD: "Tensor") -
             return Outcome(status=Status.FAILED, reason=why)
         directions.append(direction / norm)
         shares.append(separability(*sides, directions[layer]))
-    norms = torch.cat([positive_NLD, negative_NLD]).norm(dim=-1).mean(dim=0)
+    norms = torch.cat([positive_NLD, negative_NLD]).double().norm(dim=-1).mean(dim=0)
     return Outcome(
         metrics={"extract": {"separability": max(shares)}},
         tensors={

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import extract
 from jobs.data.claims import ClaimQuestion, load_questions
+from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Params:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"layer={self.layer}; layers are counted from 0")
+        if self.component < 0:
+            raise ValueError(f"component={self.component}; components are counted from 0")
         if not math.isfinite(self.dose):
             raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
         for name in ("claims_extract", "claims_select", "claims_report", "max_new_tokens", "offset"):
@@ -223,7 +226,12 @@ def _outcome(
 
 
 def _letter_token(replica: "Replica", letter: str) -> int:
-    return replica.encode_continuation(letter)[0]
+    tokens = replica.encode_continuation(letter)
+    if len(tokens) != 1:
+        raise SpecError(
+            f"{letter!r} is {len(tokens)} tokens of this model; the choices need letters of one token"
+        )
+    return tokens[0]
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

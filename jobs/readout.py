@@ -208,6 +208,7 @@ def split_means(panel: Panel, reading: Reading) -> dict[str, dict[str, float]]:
             "kl": float(reading.kl_N[chosen].mean()),
             "nll": float(np.mean(spoken)) if spoken else float("nan"),
             "repetition": float(np.mean([reply.repetition for reply in replies])),
+            "empty": float(np.mean([not reply.tokens for reply in replies])),
         }
     return means
 

@@ -33,7 +33,7 @@ _REQUIRED_NAMES = (
     "run",
 )
 _ASSETS = Path(__file__).parent / "data" / "assets"
-_ASSET_SUFFIXES = ("", ".jsonl", ".csv", ".txt")
+_ASSET_SUFFIXES = (".jsonl", ".csv", ".txt")
 
 
 @cache

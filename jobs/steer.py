@@ -56,6 +56,8 @@ class Params:
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"layer={self.layer}; layers are counted from 0")
+        if self.component < 0:
+            raise ValueError(f"component={self.component}; components are counted from 0")
         if not math.isfinite(self.dose):
             raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
         for name in (
@@ -75,7 +77,10 @@ METRICS = {
     "kl": Metric("nats", "mean KL(unsteered || steered) of the next token after each choice"),
     "nll": Metric("nats/token", "mean negative log-likelihood of the completions under the unsteered model"),
     "repetition": Metric("share", "mean share of repeated trigrams in the completions"),
-    "damage": Metric("nats/token", "rise of nll over unsteered plus rise of repetition, each at least 0"),
+    "empty": Metric("share", "completions without a token"),
+    "damage": Metric(
+        "nats/token", "rises of nll, repetition and empty over unsteered, each at least 0, added"
+    ),
 }
 PACK_BY = (
     "choices",
@@ -88,7 +93,7 @@ PACK_BY = (
 )
 DATA = ("pairs", "choices", "prompts")
 LAYERS = ("layer",)
-_COMPARED = ("log_odds", "nll", "repetition")
+_COMPARED = ("log_odds", "nll", "repetition", "empty")
 
 
 def size(params: Params) -> Size:
@@ -139,7 +144,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Steer every row of the pack in shared batches and yield its reading.
 
     The outcome of a dose of 0 carries what others are compared with: `log_probabilities`
-    (choices, vocabulary), float32 or wider, and for each split the means of log_odds, nll and repetition.
+    (choices, vocabulary), float32 or wider, and for each split the means named in `_COMPARED`.
     """
     import torch
 
@@ -213,7 +218,7 @@ def _steered_outcome(
     for split, found in metrics.items():
         rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}
         found["effect"] = float(np.sign(params.dose)) * rise["log_odds"]
-        found["damage"] = _rise(rise["nll"]) + _rise(rise["repetition"])
+        found["damage"] = sum(_rise(rise[name]) for name in ("nll", "repetition", "empty"))
     vector = {
         "name": "addition",
         "layer": addition.layer,

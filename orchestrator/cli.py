@@ -148,7 +148,9 @@ def report(folder: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
-def ui(folder: Folder, port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+def ui(
+    folder: Folder, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
+) -> None:
     """Open MLflow's UI on the sweep's store, on this machine only; stop it with Ctrl-C."""
     from storage.mlflow_log import serve_ui
     from storage.query import open_sweep
@@ -238,12 +240,16 @@ def main() -> NoReturn:
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt:
-        sys.stderr.write("steersweep: stopped; `steersweep resume` goes on from here\n")
-        sys.exit(130)
+    except OSError as error:
+        sys.stderr.write(
+            f"steersweep: {error}; what was accepted is kept: mend it, then `steersweep resume`\n"
+        )
+        sys.exit(2)
     except TyperException as error:
         sys.stderr.write(f"steersweep: {error.format_message()}\n")
         sys.exit(2)
+    if code == 130:
+        sys.stderr.write("steersweep: stopped; `steersweep resume` goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,6 +1,7 @@
 """How a sweep is run: the fields that `run` and `--set` take."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,13 +26,12 @@ class RunConfig(BaseModel):
         token_budget: Most tokens of one forward pass.
         max_pack: Most trials of one pack.
         max_attempts: Tries at a pack whose worker dies.
-        worker_wait_seconds: How long to wait for the first worker before giving up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = "smollm2-135m"
-    dtype: str = "float32"
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
     seed: int = Field(0, ge=0)
     sampler: Sampler | None = None
@@ -42,12 +42,11 @@ class RunConfig(BaseModel):
     token_budget: int = Field(8192, ge=1)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)
-    worker_wait_seconds: float = Field(300, gt=0)
 
     @property
     def model_ref(self) -> ModelRef:
         """The model as jobs name it."""
-        name, _, revision = self.model.partition("@")
+        name, _, revision = (self.model, "", "") if Path(self.model).is_dir() else self.model.partition("@")
         return ModelRef(
             id=name, revision=revision or None, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )

@@ -43,7 +43,7 @@ def run_sweep(
     claim(folder, file, config)
     with driving(folder):
         sweep = open_sweep(folder)
-        if sum(_ended(sweep).values()) < trials:
+        if sum(_ended(sweep).values()) < trials or not (folder / "report" / "index.html").is_file():
             _drive(file.space, sweep, config, trials, address, console)
     ended = _ended(sweep)
     return {

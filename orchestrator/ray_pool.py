@@ -113,6 +113,8 @@ class RayPool:
             ray.get(waited)
             return Event(worker, "ready")
         except ActorDiedError as error:
+            if error.actor_init_failed:
+                raise SteersweepError(f"a worker cannot start: {_last_line(error)}") from error
             return self._lost(worker, error)
         except (ActorUnavailableError, RayActorError) as error:
             return self._lost(worker, error)
@@ -143,6 +145,11 @@ class RayPool:
         while self._actors:
             ray.kill(self._actors.popitem()[1])
         ray.shutdown()
+
+
+def _last_line(error: Exception) -> str:
+    """What an actor's own exception says, without the traceback that Ray wraps around it."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _connect(address: str | None, config: RunConfig) -> None:

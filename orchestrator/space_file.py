@@ -119,7 +119,9 @@ def _combinations(space: Space, names: Sequence[str]) -> Iterator[dict[str, Any]
 
 
 def _extremes(domain: Domain) -> list[Any]:
-    return list(domain.values) if isinstance(domain, Grid) else [domain.low, domain.high]
+    if isinstance(domain, Grid):
+        return list(domain.values)
+    return [float(domain.low), float(domain.high)] if isinstance(domain, Float) else [domain.low, domain.high]
 
 
 def _check_layers(space: Space, model: ModelRef) -> None:

@@ -29,14 +29,15 @@ class _Planned(NamedTuple):
     needs: Mapping[str, Spec]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Running:
-    """A pack on a worker."""
+    """A pack on a worker; times in s since 1970, `latest` that of the last report."""
 
     worker: str
     pack: Pack
     attempt: str
     dispatched: float
+    latest: float | None = None
 
 
 class Sweep:
@@ -263,11 +264,11 @@ class Sweep:
         """Accept what ended, and what cannot run any more because of it."""
         self._results.learn(finished)
         further = [failure for result in part.results for failure in self._settle(result)]
-        started = report.started if report is not None else run.dispatched
-        latest = max((row.at for row in finished), default=time.time())
+        since = run.latest or (report.started if report is not None else run.dispatched)
+        run.latest = max((row.at for row in finished), default=time.time())
         self._results.accept(
             Part(part.files, (*part.results, *further)),
-            seconds=(latest - started) / len(run.pack.tasks),
+            seconds=(run.latest - since) / max(1, len(part.results)),
             attempts=self._attempts(run, finished, report),
         )
         for result in (*part.results, *further):

@@ -33,7 +33,7 @@ class Worker:
 
     Args:
         folder: The sweep's folder.
-        model: The weights to load, once, at the first order.
+        model: The weights to load, once.
         device: Where to load them.
         token_budget: Most tokens of one forward pass.
         load: Loads the replica.

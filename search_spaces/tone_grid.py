@@ -6,7 +6,7 @@ SPACE = Space(
     description=(
         "Adds a positive-against-negative tone direction at one layer and dose. Effect: shift of the "
         "log-odds of kind over grim words, in the direction of the dose's sign. Damage: rise of the replies' "
-        "negative log-likelihood under the unsteered model, plus the rise of repetition."
+        "negative log-likelihood under the unsteered model, plus those of repetition and of empty replies."
     ),
     job="jobs.steer",
     parameters={

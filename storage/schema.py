@@ -33,7 +33,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column(
             "reused_from", "integer", "", "earlier trial of the same spec, whose result this trial shares"
         ),
-        Column("seconds", "real", "s", "pack's seconds divided by its rows; null for a reused result"),
+        Column(
+            "seconds",
+            "real",
+            "s",
+            "its share of the time since the pack's report before; null for a reused result",
+        ),
         Column("finished", "real", "s since 1970", "when the result was accepted"),
         Column("params", "json", "", "the proposed parameters"),
     ),

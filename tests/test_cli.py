@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,7 +87,7 @@ def test_every_trial_has_every_metric_on_both_splits(finished: dict[str, Any], p
         "SELECT trial, split, count(value) AS n FROM metrics WHERE trial IS NOT NULL GROUP BY ALL"
     )
     assert len(counted) == 18
-    assert {row["n"] for row in counted} == {6}
+    assert {row["n"] for row in counted} == {7}
 
 
 def test_a_dose_of_zero_is_computed_once(finished: dict[str, Any], place: Path) -> None:
@@ -315,3 +316,25 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_sweep(place: Path) -> 
         assert not (mount / "out" / "sweep.json").exists()
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+def test_a_model_whose_weights_cannot_be_read_is_one_clear_line(place: Path) -> None:
+    broken = place / "broken"
+    shutil.copytree(place / "model", broken)
+    [weights] = broken.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    done = steersweep("run", place / "space.py", "--out", place / "unread", "--set", f"model={broken}")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("steersweep: a worker cannot start: ")
+    assert str(broken) in last
+
+
+def test_a_killed_driver_that_had_only_the_report_left_to_write_is_finished_by_resume(
+    finished: dict[str, Any], place: Path
+) -> None:
+    report = place / "finished" / "report" / "index.html"
+    report.unlink()
+    done = steersweep("resume", place / "finished", "--json")
+    assert done.returncode == 0, done.stderr
+    assert report.exists()

@@ -176,8 +176,12 @@ class TestSplitMeans:
 
     def test_each_split_averages_its_own_choices_and_replies(self) -> None:
         means = split_means(panel(tiny_replica(ARCHITECTURE)), self.reading([1.0, 5.0, 2.0], [[1], [2], [3]]))
-        assert means["select"] == pytest.approx({"log_odds": 1.5, "kl": 0.2, "nll": 1.5, "repetition": 0.25})
-        assert means["report"] == pytest.approx({"log_odds": 10, "kl": 0.5, "nll": 5, "repetition": 0.25})
+        assert means["select"] == pytest.approx(
+            {"log_odds": 1.5, "kl": 0.2, "nll": 1.5, "repetition": 0.25, "empty": 0.0}
+        )
+        assert means["report"] == pytest.approx(
+            {"log_odds": 10, "kl": 0.5, "nll": 5, "repetition": 0.25, "empty": 0.0}
+        )
 
     def test_empty_replies_do_not_count_towards_the_nll(self) -> None:
         prepared = panel(tiny_replica(ARCHITECTURE))
@@ -285,7 +289,7 @@ class TestSteerJob:
             before, after = none.metrics[split], some.metrics[split]
             shift = after["log_odds"] - before["log_odds"]
             assert after["effect"] == pytest.approx(np.sign(dose) * shift)
-            rises = [max(0.0, after[name] - before[name]) for name in ("nll", "repetition")]
+            rises = [max(0.0, after[name] - before[name]) for name in ("nll", "repetition", "empty")]
             assert after["damage"] == pytest.approx(sum(rises))
 
     def test_a_row_whose_logits_are_nan_fails_with_a_reason_and_its_mates_do_not(

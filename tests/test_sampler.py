@@ -149,12 +149,12 @@ def run(folder: Path, name: Sampler, *, restarts: set[int], steps: int) -> list[
 @pytest.mark.parametrize("name", FREE)
 def test_proposals_after_a_restart_are_those_without_one(tmp_path: Path, name: Sampler) -> None:
     # TPE models from the 11th trial on; the genetic sampler has its second generation after 50.
-    steps = 110 if name == "nsga2" else 24
+    steps = 64 if name == "nsga2" else 24
     undisturbed = run(tmp_path / "undisturbed", name, restarts=set(), steps=steps)
     assert len({proposal.params["radius"] for proposal in undisturbed}) > steps // 2
     assert run(tmp_path / "once", name, restarts={3 * steps // 4}, steps=steps) == undisturbed
     assert (
-        run(tmp_path / "often", name, restarts=set(range(0, steps, steps // 8)), steps=steps) == undisturbed
+        run(tmp_path / "often", name, restarts=set(range(0, steps, steps // 6)), steps=steps) == undisturbed
     )
 
 

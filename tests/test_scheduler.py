@@ -443,4 +443,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class TestAnyOrderOfResultsDeathsAndSplits(SchedulerMachine.TestCase):
-    settings = settings(max_examples=150, stateful_step_count=40)
+    settings = settings(max_examples=100, stateful_step_count=40)

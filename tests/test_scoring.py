@@ -186,3 +186,8 @@ class TestWilsonInterval:
 
     def test_no_trials_say_nothing(self) -> None:
         assert wilson_interval(0, 0) == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["That is not true.", "It isn't true", "not false", "No, this is not True"])
+def test_a_negated_word_is_no_answer(text: str) -> None:
+    assert parse_judgement(text, "A") is None

@@ -362,7 +362,7 @@ def test_a_setting_without_key_or_value_is_refused(text: str) -> None:
         ({"seed": "-1"}, ("seed='-1'",)),
         ({"sampler": "gird"}, ("sampler='gird'", "'grid'", "'tpe'")),
         ({"trials": "0"}, ("trials='0'",)),
-        ({"worker_wait_seconds": "0"}, ("worker_wait_seconds='0'",)),
+        ({"dtype": "fp16"}, ("dtype='fp16'", "'bfloat16'")),
         ({"trust_remote_code": "perhaps"}, ("trust_remote_code='perhaps'",)),
     ],
 )

@@ -27,7 +27,7 @@ from storage.store import Part, Store, StoredResult
 from tests.fakes import StoredTrial, write_sweep
 
 ROOT = Path(__file__).parents[1]
-ANY_EXAMPLE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY_EXAMPLE = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 """For tests in which no example can disturb the next one in the same folder."""
 
 

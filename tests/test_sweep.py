@@ -670,7 +670,7 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
 ) -> None:
     name = "prerequisites and failures"
     space, trials, _, _ = SCENARIOS[name]
-    for last in range(1, 400, 7):
+    for last in range(1, 400, 10):
         folder = tmp_path / str(last)
         prepare(folder, space)
         calls = iter(range(1, 10_000))
@@ -715,7 +715,7 @@ def test_a_driver_killed_at_any_write_leaves_a_sweep_that_goes_on(
     space, trials, _, _ = SCENARIOS[name]
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    for last in range(1 + torn, 400, 9):
+    for last in range(1 + torn, 400, 13):
         folder = tmp_path / str(last)
         prepare(folder, space)
         driver = processes.Process(target=_die_at_write, args=(folder, name, last, torn))

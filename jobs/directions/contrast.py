@@ -63,7 +63,8 @@ def majority_sign(positive_ND: Tensor, negative_ND: Tensor, direction_D: Tensor)
 
 def separability(positive_ND: Tensor, negative_ND: Tensor, direction_D: Tensor) -> float:
     """Share of pairs whose positive side projects higher on the direction; 0.5 is chance, ties count half."""
-    gap_N = _wide(positive_ND - negative_ND) @ direction_D.to(_wide(positive_ND).dtype)
+    gap_ND = _wide(positive_ND) - _wide(negative_ND)
+    gap_N = gap_ND @ direction_D.to(gap_ND.dtype)
     return float(((gap_N > 0).double() + 0.5 * (gap_N == 0).double()).mean())
 
 

@@ -4,13 +4,13 @@ Knows no job, no storage, no Ray.
 """
 
 import inspect
-import json
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -123,7 +123,9 @@ class Replica:
             ModelError: If the tokenizer has no chat template.
         """
         if self.tokenizer.chat_template is None:
-            raise ModelError("the model has no chat template; set template='raw'")
+            raise ModelError(
+                "the model has no chat template, and this job asks in chat form; choose an instruct model"
+            )
         messages = [{"role": "user", "content": user}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -212,7 +214,7 @@ def load_replica(ref: ModelRef, *, device: str = "cpu", token_budget: int = 8192
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[ref.dtype], **arguments)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(_not_found(ref, source, error)) from error
     return Replica(model.to(device), tokenizer, token_budget=token_budget)
 

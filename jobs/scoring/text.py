@@ -16,6 +16,7 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 3) -> float:
 
 
 _LETTER = re.compile(r"(?<!\w)(B(?![\w'’-])|A(?=[^\w\s'’-]|\s*$|\s*\n))")
+_NEGATION = re.compile(r"(?:\bnot|n't)\s+$", re.IGNORECASE)
 _WORD = re.compile(r"(?<!\w)(true|false)(?!\w)", re.IGNORECASE)
 
 
@@ -36,7 +37,7 @@ def parse_judgement(text: str, true_letter: str) -> bool | None:
         true_letter: The letter, A or B, that stands for "true".
 
     Returns:
-        None if the reply has neither a letter nor a word.
+        None if the reply has neither a letter nor a word, or the word stands after "not" or "n't".
     """
     letter, word = _LETTER.search(text), _WORD.search(text)
     if letter is None and word is None:
@@ -44,4 +45,6 @@ def parse_judgement(text: str, true_letter: str) -> bool | None:
     if word is None or (letter is not None and letter.start() < word.start()):
         assert letter is not None
         return letter.group(1) == true_letter
+    if _NEGATION.search(text[: word.start()]):
+        return None
     return word.group(1).lower() == "true"
