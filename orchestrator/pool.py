@@ -101,7 +101,7 @@ class Pool(Protocol):
         """What has happened since the last call; waits for something to happen, or the timeout.
 
         Raises:
-            PoolError: If no worker can be had.
+            SteersweepError: If no worker can be had.
         """
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class Progress(Protocol):
 
 
 class ConsoleProgress:
-    """Progress on a console; the rate counts from the first trial that ended in this run."""
+    """Progress on a console; the rate counts from the first update of this run."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -1,6 +1,6 @@
 """True and false claims, counterbalanced: every claim with the honest and the dishonest label.
 
-The letter that means "true" alternates from claim to claim, so neither letter nor position
+The letter that means "true" alternates every two claims, so neither letter nor position
 tells honesty.
 """
 
