@@ -7,19 +7,18 @@ unsteered model, which every other dose requires.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jobs import extract
-from jobs.data.claims import ClaimQuestion, load_questions
+from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from jobs.engine.replica import Replica
-    from jobs.engine.steering import RowTables
+    from jobs.engine.steering import Addition, RowTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +61,31 @@ class Params:
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
 
 
+class Answers(NamedTuple):
+    """What the model of one row answers; N claims, V vocabulary.
+
+    Attributes:
+        first_NV: Log-probabilities of each answer's first token, nats, float32 or wider, on the CPU.
+        texts: The written answers.
+    """
+
+    first_NV: "Tensor"
+    texts: Sequence[str]
+
+
+_BATCHES_TOGETHER = 4
+"""Batches that a group of rows fills: the last, partly filled one then costs little."""
 _SHARE = "share of claims"
 METRICS = {
     "accuracy": Metric(_SHARE, "honest letter more likely than the other by logits; 0.5 is chance"),
     "accuracy_low": Metric(_SHARE, "lower end of accuracy's 95 % Wilson interval"),
     "accuracy_high": Metric(_SHARE, "upper end of accuracy's 95 % Wilson interval"),
-    "beats_chance": Metric("0 or 1", "1 if accuracy's interval lies above 0.5"),
+    "p_chance": Metric("probability", "of guessing at least as many right; uncorrected for number of trials"),
+    "beats_chance": Metric("0 or 1", "accuracy's interval lies above 0.5; uncorrected for number of trials"),
     "accuracy_true": Metric("share of true claims", "accuracy on true claims"),
     "accuracy_false": Metric("share of false claims", "accuracy on false claims"),
     "text_accuracy": Metric(_SHARE, "written answers that judge rightly; unparsed ones count as wrong"),
-    "unparsed": Metric(_SHARE, "written answers with neither a letter nor true or false"),
+    "unparsed": Metric(_SHARE, "written answers that no judgement can be read from"),
     "p_true": Metric("probability", 'mean probability of the letter that means "true", of the two letters'),
     "p_true_gap": Metric("probability", "p_true on true claims less p_true on false ones; 0 is chance"),
     "kl": Metric("nats", "mean KL(unsteered || steered) of the answer's first token"),
@@ -130,122 +144,136 @@ def _unsteered(params: Params) -> Requirement:
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
-    """Steer every row of the pack and yield its judgements.
+    """Ask every row of the pack every claim in shared batches and yield its judgements.
 
-    The outcome of a dose of 0 carries `log_probabilities` (claims, vocabulary), float32 or wider,
-    of the answer's first token, which KL refers to.
+    Tables of the outcome: `items`, one row a claim and score; `completions`, one row a written answer.
+    The outcome of a dose of 0 carries `log_probabilities` (claims, vocabulary), float32 or wider, nats,
+    of the answer's first token, which KL refers to. A row whose logits are not finite fails.
+
+    Raises:
+        SpecError: If a layer does not exist, or an answer letter is several tokens of this model.
+        ModelError: If the model has no chat template.
     """
     import torch
 
-    from jobs.engine.steering import Addition, row_tables
+    from jobs.engine.steering import row_tables
 
-    asked = [question for question in _questions(rows[0].params) if question.split != "extract"]
+    questions = [question for question in _questions(rows[0].params) if question.split != "extract"]
+    letters = [_letter_token(replica, letter) for letter in LETTERS]
+    tables = row_tables(replica, [_additions(context, row.params) for row in rows])
     steered = [row.params for row in rows if row.params.dose != 0]
-    reference = (
-        torch.tensor(context.artifact(_unsteered(steered[0]))["log_probabilities"]) if steered else None
-    )
-    for index, row in enumerate(rows):
-        additions = []
-        if row.params.dose != 0:
-            found = extract.load_direction(
-                context, _extraction(row.params), row.params.layer, row.params.dose
-            )
-            additions = [Addition(layer=row.params.layer, vector=found[0] * found[1])]
-        tables = row_tables(replica, [additions])
-        log_probabilities, texts = _answer(replica, asked, tables, row.params.max_new_tokens)
-        compared = log_probabilities if reference is None or not additions else reference
-        tensors = {} if additions else {"log_probabilities": log_probabilities.numpy()}
-        yield index, _outcome(replica, asked, log_probabilities, compared, texts, tensors)
+    before = context.artifact(_unsteered(steered[0]))["log_probabilities"] if steered else None
+    reference_NV = None if before is None else torch.tensor(before)
+    for index, answers in _answers(replica, questions, tables, rows):
+        if not answers.first_NV.isfinite().all():
+            reason = "the model's logits are not finite; use a smaller dose, or a wider dtype"
+            yield index, Outcome(status=Status.FAILED, reason=reason)
+        elif reference_NV is None or rows[index].params.dose == 0:
+            outcome = _outcome(questions, answers, letters, answers.first_NV)
+            yield index, replace(outcome, tensors={"log_probabilities": answers.first_NV.numpy()})
+        else:
+            yield index, _outcome(questions, answers, letters, reference_NV)
 
 
-def _answer(
-    replica: "Replica", asked: Sequence[ClaimQuestion], tables: "RowTables", max_new_tokens: int
-) -> "tuple[Tensor, list[str]]":
-    """Log-probabilities of each answer's first token, shape (claims, vocabulary), and the written answers."""
+def _letter_token(replica: "Replica", letter: str) -> int:
+    tokens = replica.encode_continuation(letter)
+    if len(tokens) != 1:
+        raise SpecError(f"{letter!r} is {len(tokens)} tokens of this model; answer letters take one token")
+    return tokens[0]
+
+
+def _additions(context: Context, params: Params) -> "list[Addition]":
+    from jobs.engine.steering import Addition
+
+    if params.dose == 0:
+        return []
+    direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
+    return [Addition(layer=params.layer, vector=direction * multiplier)]
+
+
+def _answers(
+    replica: "Replica", questions: Sequence[ClaimQuestion], tables: "RowTables", rows: Sequence[Row]
+) -> Iterator[tuple[int, Answers]]:
+    """Each row's answers, a group of rows at a time, as soon as the group is finished."""
+    prompts = [replica.encode_chat(question.user) for question in questions]
+    max_new_tokens = rows[0].params.max_new_tokens
+    tokens_a_row = sum(len(prompt) + max_new_tokens for prompt in prompts)
+    together = max(1, _BATCHES_TOGETHER * replica.token_budget // tokens_a_row)
+    for start in range(0, len(rows), together):
+        group = range(len(rows))[start : start + together]
+        yield from zip(group, _answer_group(replica, prompts, tables, group, max_new_tokens), strict=True)
+
+
+def _answer_group(
+    replica: "Replica", prompts: Sequence[list[int]], tables: "RowTables", group: range, max_new_tokens: int
+) -> list[Answers]:
     import torch
 
     from jobs.engine.batches import micro_batches
     from jobs.engine.generate import greedy
     from jobs.scoring.logits import log_probabilities
 
-    prompts = [replica.encode_chat(question.user) for question in asked]
-    logits: list[Tensor | None] = [None] * len(prompts)
-    texts = [""] * len(prompts)
-    for batch in micro_batches([len(prompt) + max_new_tokens for prompt in prompts], replica.token_budget):
-        found = greedy(
-            replica, [prompts[i] for i in batch], tables.take([0] * len(batch)), max_new_tokens=max_new_tokens
-        )
-        for place, first_logits, tokens in zip(batch, found.first_logits, found.tokens, strict=True):
-            logits[place] = log_probabilities(first_logits).cpu()
-            texts[place] = replica.decode(tokens)
-    return torch.stack([row for row in logits if row is not None]), texts
+    work = [(row, claim) for row in group for claim in range(len(prompts))]
+    lengths = [len(prompts[claim]) + max_new_tokens for _, claim in work]
+    found: list[tuple[int, Tensor, str]] = []
+    for batch in micro_batches(lengths, replica.token_budget):
+        asked = [prompts[work[index][1]] for index in batch]
+        deltas = tables.take([work[index][0] for index in batch])
+        replies = greedy(replica, asked, deltas, max_new_tokens=max_new_tokens)
+        texts = map(replica.decode, replies.tokens)
+        found += zip(batch, log_probabilities(replies.first_logits).cpu(), texts, strict=True)
+    order, first, text = zip(*sorted(found, key=lambda answer: answer[0]), strict=True)
+    assert order == tuple(range(len(work))), f"{len(work)} claims and {len(order)} answers, one for each"
+    rows = [slice(start, start + len(prompts)) for start in range(0, len(work), len(prompts))]
+    return [Answers(torch.stack(first[row]), text[row]) for row in rows]
 
 
 def _outcome(
-    replica: "Replica",
-    asked: Sequence[ClaimQuestion],
-    log_probabilities: "Tensor",
-    reference: "Tensor",
-    texts: Sequence[str],
-    tensors: "Mapping[str, np.ndarray]",
+    questions: Sequence[ClaimQuestion], answers: Answers, letters: Sequence[int], reference_NV: "Tensor"
 ) -> Outcome:
     from jobs.scoring.logits import kl_divergence
+
+    pairs = answers.first_NV[:, letters].softmax(dim=-1).tolist()
+    kl = kl_divergence(reference_NV, answers.first_NV).tolist()
+    judged = [_judgement(*each) for each in zip(questions, pairs, kl, answers.texts, strict=True)]
+    splits = {split: [row for row in judged if row["split"] == split] for split in ("select", "report")}
+    return Outcome(metrics={split: _metrics(rows) for split, rows in splits.items()}, tables=_tables(judged))
+
+
+def _judgement(question: ClaimQuestion, pair: Sequence[float], kl: float, text: str) -> dict[str, Any]:
+    """Scores of one answer; letters of equal probability count as "false", which is right half the time."""
     from jobs.scoring.text import parse_judgement
 
-    if not log_probabilities.isfinite().all():
-        return Outcome(
-            status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
-        )
-    letters = {letter: _letter_token(replica, letter) for letter in "AB"}
-    pair = log_probabilities[:, [letters["A"], letters["B"]]].softmax(dim=-1)
-    kl = kl_divergence(reference, log_probabilities).tolist()
-    judged = []
-    for index, question in enumerate(asked):
-        p_true = float(pair[index, "AB".index(question.true_letter)])
-        judgement = parse_judgement(texts[index], question.true_letter)
-        judged.append(
-            {
-                "split": question.split,
-                "label": "true" if question.claim.is_true else "false",
-                "statement": question.claim.statement,
-                "p_true": p_true,
-                "correct": float((p_true > 0.5) == question.claim.is_true),
-                "parsed": float(judgement is not None),
-                "text_correct": float(judgement == question.claim.is_true),
-                "kl": kl[index],
-                "text": texts[index],
-                "user": question.user,
-            }
-        )
-    splits = {split: [row for row in judged if row["split"] == split] for split in ("select", "report")}
-    return Outcome(
-        metrics={split: _metrics(rows) for split, rows in splits.items()},
-        tables={"items": _items(judged), "completions": _completions(judged)},
-        tensors=tensors,
-    )
-
-
-def _letter_token(replica: "Replica", letter: str) -> int:
-    tokens = replica.encode_continuation(letter)
-    if len(tokens) != 1:
-        raise SpecError(
-            f"{letter!r} is {len(tokens)} tokens of this model; the choices need letters of one token"
-        )
-    return tokens[0]
+    p_true = pair[LETTERS.index(question.true_letter)]
+    written = parse_judgement(text, question.true_letter)
+    return {
+        "split": question.split,
+        "label": "true" if question.claim.is_true else "false",
+        "statement": question.claim.statement,
+        "p_true": p_true,
+        "correct": float((p_true > 0.5) == question.claim.is_true),
+        "parsed": float(written is not None),
+        "text_correct": float(written == question.claim.is_true),
+        "kl": kl,
+        "text": text,
+        "user": question.user,
+    }
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    from jobs.scoring.statistics import wilson_interval
+    from jobs.scoring.statistics import chance_probability, wilson_interval
 
     def mean(name: str, label: str | None = None) -> float:
         values = [row[name] for row in rows if label in (None, row["label"])]
         return sum(values) / len(values) if values else float("nan")
 
-    interval = wilson_interval(sum(row["correct"] == 1.0 for row in rows), len(rows))
+    right = sum(row["correct"] == 1.0 for row in rows)
+    interval = wilson_interval(right, len(rows))
     return {
         "accuracy": mean("correct"),
         "accuracy_low": interval.low,
         "accuracy_high": interval.high,
+        "p_chance": chance_probability(right, len(rows)),
         "beats_chance": float(interval.low > 0.5),
         "accuracy_true": mean("correct", "true"),
         "accuracy_false": mean("correct", "false"),
@@ -257,23 +285,15 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _items(judged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "split": row["split"],
-            "item": index,
-            "prompt": row["statement"],
-            "name": name,
-            "value": row[name],
-            "label": row["label"],
-        }
+def _tables(judged: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    items = [
+        {"split": row["split"], "item": index, "prompt": row["statement"], "label": row["label"]}
+        | {"name": name, "value": row[name]}
         for index, row in enumerate(judged)
         for name in ("p_true", "correct", "text_correct", "parsed", "kl")
     ]
-
-
-def _completions(judged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
+    completions = [
         {"split": row["split"], "item": index, "prompt": row["user"], "text": row["text"]}
         for index, row in enumerate(judged)
     ]
+    return {"items": items, "completions": completions}

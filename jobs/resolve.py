@@ -137,13 +137,22 @@ def locate_data(name: str) -> Path:
     Raises:
         SpecError: If neither exists.
     """
-    for suffix in _ASSET_SUFFIXES:
-        if (path := _ASSETS / f"{name}{suffix}").is_file():
-            return path
+    if (own_path := _own_data(name)) is not None:
+        return own_path
     if (path := Path(name).expanduser()).is_file():
         return path.resolve()
     own = sorted(path.stem for path in _ASSETS.glob("*") if path.suffix in (".jsonl", ".csv"))
     raise SpecError(f"no dataset {name!r}: it is neither a file nor one of the project's own {own}")
+
+
+def is_own_data(name: str) -> bool:
+    """Whether a name means one of the project's own datasets, whatever files there are."""
+    return _own_data(name) is not None
+
+
+def _own_data(name: str) -> Path | None:
+    paths = [_ASSETS / f"{name}{suffix}" for suffix in _ASSET_SUFFIXES]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def data_hash(name: str) -> str:

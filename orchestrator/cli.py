@@ -13,7 +13,8 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from jobs import catalog
-from jobs.errors import SteersweepError
+from jobs.errors import ModelError, OutOfMemory, SpecError, SteersweepError
+from storage.durable import StoreError
 
 app = typer.Typer(
     help="Sweeps of activation steering: which layer, which dose, which direction, at what cost.",
@@ -48,14 +49,14 @@ def run(
     """Run a sweep, or go on with one."""
     from orchestrator.config import make_config, split_settings
     from orchestrator.launch import run_sweep
-    from orchestrator.space_file import load_space, with_fixed
+    from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
     options = {"trials": trials, "workers": workers, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
-    file = file._replace(space=with_fixed(file.space, fixed))
+    file = file._replace(space=with_absolute_data(with_fixed(file.space, fixed), Path.cwd()))
     _finish(run_sweep(file, out, config, address=address, console=Console(stderr=True)), out, as_json)
 
 
@@ -83,26 +84,20 @@ def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> NoReturn:
 
 @app.command()
 def status(folder: Folder, as_json: Json = False) -> None:
-    """How many trials wait, run, have completed, were infeasible, failed."""
+    """How many trials wait, run, have completed, were infeasible, failed, and who drives the sweep now."""
+    from storage.lock import driver
     from storage.query import open_sweep
 
     sweep = open_sweep(folder)
-    counts = {
-        row["state"]: row["trials"]
-        for row in sweep.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
-    }
     failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
-    summary = {"sweep": sweep.identity["sweep"], **{state: counts.get(state, 0) for state in _STATES}}
+    summary = {"sweep": sweep.identity["sweep"], **sweep.counts(), "driver": driver(folder)}
     if as_json:
         _print_json({**summary, "failures": failures})
         return
     for name, value in summary.items():
-        _say(f"{name:>10}  {value}")
+        _say(f"{name:>10}  {'none' if value is None else value}")
     for failure in failures:
         _say(f"trial {failure['trial']}: {failure['reason']}")
-
-
-_STATES = ("waiting", "running", "completed", "infeasible", "failed")
 
 
 @app.command()
@@ -130,7 +125,7 @@ def query(
     from storage.query import open_sweep
 
     if output not in _FORMATS:
-        raise SteersweepError(f"--format {output!r}; it takes one of {sorted(_FORMATS)}")
+        raise SpecError(f"--format {output!r}; it takes one of {sorted(_FORMATS)}")
     table = open_sweep(folder).query(sql)
     _FORMATS[output](table.column_names, table.to_pylist())
 
@@ -152,12 +147,11 @@ def ui(
     folder: Folder, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
 ) -> None:
     """Open MLflow's UI on the sweep's store, on this machine only; stop it with Ctrl-C."""
-    from storage.mlflow_log import serve_ui
+    from storage.mlflow_ui import serve_ui
     from storage.query import open_sweep
 
     open_sweep(folder)
-    _say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C stops it)")
-    raise typer.Exit(serve_ui(folder, port))
+    serve_ui(folder, port, announce=lambda address: _say(f"MLflow on {address} (Ctrl-C stops it)"))
 
 
 @models.command("add")
@@ -229,28 +223,40 @@ def _say(line: str) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: 0 all well, 1 some trials failed, 2 wrong usage, 130 interrupted."""
+    """Entry point: 0 all well, 1 some trials failed, 2 wrong usage, 3 does not fit, 130 interrupted."""
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     try:
         code = app(standalone_mode=False)
-    except SteersweepError as error:
-        sys.stderr.write(f"steersweep: {error}\n")
-        sys.exit(2)
+    except (SteersweepError, OSError) as error:
+        sys.stderr.write(f"steersweep: {error}{_advice(error)}\n")
+        sys.exit(_exit_code(error))
     except typer.Abort:
-        sys.exit(130)
-    except OSError as error:
-        sys.stderr.write(
-            f"steersweep: {error}; what was accepted is kept: mend it, then `steersweep resume`\n"
-        )
-        sys.exit(2)
+        code = 130
     except TyperException as error:
         sys.stderr.write(f"steersweep: {error.format_message()}\n")
         sys.exit(2)
     if code == 130:
         sys.stderr.write("steersweep: stopped; `steersweep resume` goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _advice(error: SteersweepError | OSError) -> str:
+    """What to do about an error that is not about what was asked for."""
+    if isinstance(error, (StoreError, OSError)):
+        return "; what was accepted is kept: mend this, then `steersweep resume`"
+    return ""
+
+
+def _exit_code(error: SteersweepError | OSError) -> int:
+    match error:
+        case OutOfMemory():
+            return 3
+        case SpecError() | ModelError() | StoreError() | OSError():
+            return 2
+        case _:
+            return 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from jobs import catalog
 from jobs.errors import SpecError
 from jobs.spec import ModelRef
 from search_spaces.base import Sampler
@@ -25,7 +27,8 @@ class RunConfig(BaseModel):
         gpus_per_worker: GPUs of a worker; 0 runs on the CPU.
         token_budget: Most tokens of one forward pass.
         max_pack: Most trials of one pack.
-        max_attempts: Tries at a pack whose worker dies.
+        max_attempts: Tries at a pack whose worker dies; the last one is alone.
+        mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -42,6 +45,29 @@ class RunConfig(BaseModel):
     token_budget: int = Field(8192, ge=1)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)
+    mlflow: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _absolute_folder(cls, value: str) -> str:
+        """A folder means the same from wherever the sweep is resumed."""
+        is_folder = value not in catalog.ENTRIES and Path(value).expanduser().is_dir()
+        return str(Path(value).expanduser().resolve()) if is_folder else value
+
+    @field_validator("mlflow")
+    @classmethod
+    def _absolute_and_without_secrets(cls, value: str | None) -> str | None:
+        """The configuration is kept and shown; and it means the same from wherever the sweep is resumed."""
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.password or "password" in parts.query or (parts.username and parts.scheme in _WEB):
+            raise ValueError(
+                "a URI with a user or password would be kept with the sweep; set MLFLOW_TRACKING_TOKEN, or "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, in the environment instead"
+            )
+        path = value.removeprefix("sqlite:///")
+        return value if path == value else f"sqlite:///{Path(path).resolve()}"
 
     @property
     def model_ref(self) -> ModelRef:
@@ -52,6 +78,7 @@ class RunConfig(BaseModel):
         )
 
 
+_WEB = ("http", "https")
 SPACE_PREFIX = "space."
 
 
@@ -69,6 +96,8 @@ def make_config(**values: Any) -> RunConfig:
         if first["type"] == "extra_forbidden":
             known = sorted(RunConfig.model_fields)
             raise SpecError(f"--set {name}: no such field; it takes {known} or {SPACE_PREFIX}NAME") from error
+        if first["type"] == "value_error":
+            raise SpecError(f"{name}: {first['ctx']['error']}") from error
         raise SpecError(f"{name}={first['input']!r}: {first['msg'].lower()}") from error
 
 

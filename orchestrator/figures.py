@@ -25,7 +25,7 @@ _LABEL_PLACES = tuple((radius * x, radius * y) for radius in (4, 10, 18) for x, 
 """Offsets of a label from its point, points; nearer ones are tried first."""
 
 
-class Panel(NamedTuple):
+class Plot(NamedTuple):
     """One metric of the curves; every array has shape (trials,), NaN where a trial has no value.
 
     Attributes:
@@ -183,7 +183,7 @@ def _signed(text: str) -> str:
 def curves_figure(
     x: np.ndarray,
     lines: np.ndarray | None,
-    panels: Sequence[Panel],
+    panels: Sequence[Plot],
     measures: tuple[Measure, Measure | None],
     theme: Theme,
 ) -> Figure:
@@ -240,7 +240,7 @@ def curves_figure(
     return figure
 
 
-def _means(x: np.ndarray, panel: Panel, chosen: np.ndarray) -> Iterator[tuple[float, float, float, float]]:
+def _means(x: np.ndarray, panel: Plot, chosen: np.ndarray) -> Iterator[tuple[float, float, float, float]]:
     """From left to right: position, mean, the interval's reach below and above (0 where there is none)."""
     chosen = chosen & np.isfinite(panel.values)
     for position in np.unique(x[chosen]):

@@ -1,13 +1,11 @@
-"""A sweep's folder: who it belongs to, what it was started with, who drives it now."""
+"""A sweep's folder: who it belongs to and what it was started with."""
 
-import fcntl
-import getpass
+import dataclasses
 import hashlib
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +14,106 @@ from jobs.resolve import load_job
 from orchestrator.config import RunConfig
 from orchestrator.provenance import provenance
 from orchestrator.space_file import SpaceFile, column_types
-from storage.durable import publish
+from storage.durable import StoreError, publish
+from storage.lock import driver, driving
+from storage.query import read_identity
 
 _STARTED_WITH = ("space", "source", "fixed", "config")
 
 
 def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
-    """What `sweep.json` says of a sweep."""
+    """What `sweep.json` says of a sweep, as plain JSON."""
     space = file.space
-    started = {
+    identity = {
+        "sweep": f"{file.name}-{uuid.uuid4().hex[:8]}",
         "space": file.name,
         "source": hashlib.sha256(file.source.encode()).hexdigest(),
         "fixed": dict(space.fixed),
         "config": config.model_dump(),
-    }
-    digest = hashlib.sha256(json.dumps(started, sort_keys=True).encode()).hexdigest()
-    return {
-        "sweep": f"{file.name}-{digest[:8]}",
-        **started,
+        "space_file": str(file.path.resolve()),
+        "directory": str(Path.cwd()),
         "description": space.description,
         "job": space.job,
         "parameters": column_types(space),
-        "objectives": [
-            {"metric": objective.metric, "direction": objective.direction} for objective in space.objectives
-        ],
+        "objectives": [dataclasses.asdict(objective) for objective in space.objectives],
         "metrics": {name: metric._asdict() for name, metric in load_job(space.job).METRICS.items()},
-        "model": {
-            "id": config.model_ref.id,
-            "revision": config.model_ref.revision,
-            "dtype": config.dtype,
-            "trust_remote_code": config.trust_remote_code,
-        },
+        "model": dataclasses.asdict(config.model_ref),
         "seed": config.seed,
         "provenance": provenance(),
     }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
 
 
-def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
-    """Make a folder the sweep's, or recognise it as the same sweep's.
+def check_free(folder: Path, file: SpaceFile, config: RunConfig) -> None:
+    """Raises SpecError if the folder holds another sweep or anything else; writes nothing."""
+    _recognise(folder, file, identify(file, config))
 
-    Returns:
-        The identity that the folder was made with.
+
+@contextmanager
+def claimed(folder: Path, file: SpaceFile, config: RunConfig) -> Iterator[None]:
+    """Inside the block the folder is the sweep's, made or found, and this process its only driver.
 
     Raises:
-        SpecError: If the folder holds another sweep or anything else, or cannot be written.
+        SpecError: If the folder holds another sweep or anything else, is driven by another process,
+            or cannot be written; what was made on the way is removed.
     """
-    wanted: dict[str, Any] = json.loads(json.dumps(identify(file, config)))
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(driving(folder))
+            _claim(folder, file, identify(file, config))
+        except BaseException as error:
+            stack.close()
+            _withdraw(folder, file, before, absent)
+            if isinstance(error, (OSError, StoreError)):
+                why = error.strerror if isinstance(error, OSError) else error
+                raise SpecError(f"{folder} cannot be made: {why}; mend that or give another --out") from error
+            raise
+        yield
+
+
+def _claim(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> None:
+    if not _recognise(folder, file, wanted):
+        publish(folder / "space.py", file.source.encode())
+        publish(folder / "sweep.json", json.dumps(wanted, indent=1).encode())
+
+
+def _recognise(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> bool:
+    """Whether the folder is this sweep's already. Raises SpecError if it is not free either."""
     path = folder / "sweep.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_bytes())
+        found = read_identity(folder)
         if changed := differences(found, wanted):
             raise SpecError(
                 f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out"
             )
-        return found
+        return True
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"{folder} is a file; give a new folder with --out")
     if folder.is_dir() and not all(_is_leftover(inside, file) for inside in folder.iterdir()):
         raise SpecError(f"{folder} is not empty and holds no sweep; give a new folder with --out")
-    try:
-        publish(folder / "space.py", file.source.encode())
-        publish(path, json.dumps(wanted, indent=1).encode())
-    except OSError as error:
-        _forget(folder)
-        raise SpecError(
-            f"{folder} cannot be written: {error.strerror}; free the disk or give another --out"
-        ) from error
-    return wanted
+    return False
 
 
 def _is_leftover(path: Path, file: SpaceFile) -> bool:
     """Whether a driver that was killed while it made the folder left this."""
     if path.name == "space.py":
         return path.read_bytes() == file.source.encode()
-    return path.name.startswith((".space.py.", ".sweep.json."))
+    return path.name == "lock" or path.name.startswith((".space.py.", ".sweep.json."))
 
 
-def _forget(folder: Path) -> None:
-    if folder.is_dir():
-        (folder / "space.py").unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
+def _withdraw(folder: Path, file: SpaceFile, before: set[Path], absent: Sequence[Path]) -> None:
+    """Remove what a claim that failed has left, unless somebody else has the folder by now."""
+    if folder.is_dir() and not (folder / "sweep.json").exists() and not driver(folder):
+        for path in set(folder.iterdir()) - before:
+            if _is_leftover(path, file):
+                path.unlink()
+    for path in absent:
+        with suppress(OSError):
+            path.rmdir()
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -109,25 +128,3 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
                 "another space file" if name == "source" else f"{name}={found[name]!r} (now {wanted[name]!r})"
             )
     return ", ".join(parts)
-
-
-@contextmanager
-def driving(folder: Path) -> Iterator[None]:
-    """Inside the block this process is the sweep's only driver.
-
-    Raises:
-        SpecError: If another process drives it; its owner is named.
-    """
-    path = folder / "lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise SpecError(
-                f"{folder} is being run by {file.read().strip()}; wait for it or stop it"
-            ) from error
-        file.truncate(0)
-        file.write(f"{getpass.getuser()} on {socket.gethostname()}, process {os.getpid()}")
-        file.flush()
-        yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ from rich.console import Console
 
 from jobs.errors import SpecError
 from orchestrator.config import RunConfig, make_config
-from orchestrator.folder import claim, driving
+from orchestrator.folder import check_free, claimed
+from orchestrator.planning import Planner, check_unchanged
 from orchestrator.progress import ConsoleProgress
-from orchestrator.ray_pool import RayPool, check_address
+from orchestrator.ray_pool import RayPool, connect
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
-from orchestrator.space_file import SpaceFile, check_space, grid_size, load_space
+from orchestrator.space_file import SpaceFile, check_space, grid_size, load_space, with_absolute_data
 from orchestrator.sweep import Sweep
 from search_spaces.base import Space
-from storage.mlflow_log import BackgroundMirror
+from storage.background_mirror import BackgroundMirror
+from storage.ledger import read_asked
 from storage.pareto import pareto
-from storage.query import Sweep as StoredSweep
-from storage.query import open_sweep
+from storage.query import StoredSweep, open_sweep, read_identity
 
 
 def run_sweep(
@@ -37,33 +39,33 @@ def run_sweep(
     started = time.monotonic()
     check_space(file.space, config.model_ref)
     trials = planned_trials(file.space, config)
-    if address is not None:
-        check_address(address)
     folder = folder.resolve()
-    claim(folder, file, config)
-    with driving(folder):
+    check_free(folder, file, config)
+    if address is not None:
+        connect(config, address)
+    with claimed(folder, file, config):
         sweep = open_sweep(folder)
-        if sum(_ended(sweep).values()) < trials or not (folder / "report" / "index.html").is_file():
-            _drive(file.space, sweep, config, trials, address, console)
-    ended = _ended(sweep)
+        if _ended(sweep.counts()) < trials or not (folder / "report" / "index.html").is_file():
+            check_unchanged(Planner(file.space, config), read_asked(folder))
+            _drive(file.space, sweep, config, trials, console)
+    counts = sweep.counts()
     return {
         "sweep": sweep.identity["sweep"],
         "trials": trials,
-        **{state: ended.get(state, 0) for state in ("completed", "infeasible", "failed")},
+        **{state: counts[state] for state in _ENDS},
         "seconds": round(time.monotonic() - started, 1),
         "pareto": pareto(sweep),
     }
 
 
-def _ended(sweep: StoredSweep) -> dict[str, int]:
-    """State -> number of trials that have ended in it."""
-    counted = sweep.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
-    return {row["state"]: row["trials"] for row in counted if row["state"] not in ("waiting", "running")}
+_ENDS = ("completed", "infeasible", "failed")
 
 
-def _drive(
-    space: Space, stored: StoredSweep, config: RunConfig, trials: int, address: str | None, console: Console
-) -> None:
+def _ended(counts: Mapping[str, int]) -> int:
+    return sum(counts[state] for state in _ENDS)
+
+
+def _drive(space: Space, stored: StoredSweep, config: RunConfig, trials: int, console: Console) -> None:
     folder = stored.folder
     sampler = OptunaSampler(
         space,
@@ -72,9 +74,10 @@ def _drive(
         journal=folder / "optuna.journal",
         study=stored.identity["sweep"],
     )
-    pool = RayPool(folder, config, address=address)
-    mirror = BackgroundMirror(folder)
+    pool = RayPool(folder, config)
+    mirror = BackgroundMirror(folder, config.mlflow)
     kept: list[Path] = []
+    is_complete = False
     try:
         with ConsoleProgress(console) as progress:
             sweep = Sweep(
@@ -88,12 +91,13 @@ def _drive(
                 on_result=mirror.notify,
             )
             sweep.run()
+        is_complete = True
         pool.close()
         report = write_report(folder)
         kept = [report, *sorted(report.parent.glob("*.png"))]
     finally:
         pool.close()
-        mirror.close(kept, timeout_seconds=120 if kept else 5)
+        mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
 
 
 def planned_trials(space: Space, config: RunConfig) -> int:
@@ -113,7 +117,8 @@ def planned_trials(space: Space, config: RunConfig) -> int:
 
 def load_kept(folder: Path) -> tuple[SpaceFile, RunConfig]:
     """The space and configuration that a folder's sweep was started with. Raises SpecError if it has none."""
-    identity = open_sweep(folder).identity
-    file = load_space(folder / "space.py")
+    identity = read_identity(folder)
+    file = load_space(folder / "space.py", origin=Path(identity["space_file"]))
     space = dataclasses.replace(file.space, fixed=identity["fixed"])
-    return file._replace(space=space, name=identity["space"]), make_config(**identity["config"])
+    space = with_absolute_data(space, Path(identity["directory"]))
+    return file._replace(space=space), make_config(**identity["config"])

@@ -1,14 +1,16 @@
 """From a proposal to the specs that have to be computed for it. No I/O beyond hashing datasets, no state."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jobs.errors import SpecError
 from jobs.resolve import load_job, make_params, make_spec
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
 from orchestrator.scheduler import Task
 from search_spaces.base import Space
+from storage.ledger import Asked
 
 
 class Planner:
@@ -39,6 +41,24 @@ class Planner:
     def shared(self) -> list[str]:
         """Parameters that the space varies and that the rows of one pack must share."""
         return [name for name in load_job(self._space.job).PACK_BY or () if name in self._space.parameters]
+
+
+def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
+    """Refuse to go on with trials that would mean other work now than when they were asked for.
+
+    Raises:
+        SpecError: If the job's code, a library under it or a dataset has changed.
+    """
+    for trial in asked:
+        now, then = planner.spec(trial.params), trial.spec
+        if now.id == then.id:
+            continue
+        data = sorted(str(now.params[name]) for name in now.data if now.data[name] != then.data.get(name))
+        what = f"data of {data}" if data else f"code of {then.job}, or torch or transformers under it,"
+        raise SpecError(
+            f"the {what} changed since trial {trial.trial} was asked for, and old and new trials could not "
+            "be compared; put it back, or start anew with another --out"
+        )
 
 
 def make_task(spec: Spec, needs: Mapping[str, Spec], *, is_trial: bool) -> Task:

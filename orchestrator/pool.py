@@ -54,15 +54,15 @@ class Finished(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Delivery:
     """What a worker says while it runs an order.
 
     Attributes:
-        part: Files written since the last report, not yet visible.
+        part: Files written since the last delivery, not yet visible.
         finished: The rows that they hold.
         started: When the order was taken, in s since 1970.
         host: The worker's machine.
-        error: The last report of an order that raised: one line and the traceback. The rows that had
+        error: The last delivery of an order that raised: one line and the traceback. The rows that had
             no outcome yet are not in `finished`.
         out_of_memory: Whether the error was that a single row does not fit.
     """
@@ -80,14 +80,14 @@ class Event(NamedTuple):
 
     Attributes:
         worker: Its name.
-        kind: `ready` (it can take an order), `report`, `done` (its order has ended), `lost` (it died).
-        report: Set for `report`.
+        kind: `ready` (it can take an order), `delivery`, `done` (its order has ended), `lost` (it died).
+        delivery: Set for `delivery`.
         reason: Set for `lost`.
     """
 
     worker: str
     kind: str
-    report: Report | None = None
+    delivery: Delivery | None = None
     reason: str | None = None
 
 

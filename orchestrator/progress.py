@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from jobs.spec import Status
+
 _LINE_SECONDS = 10.0
 
 
@@ -32,6 +34,16 @@ class Tally:
     failed: int = 0
     best: str = ""
     workers_ready: int = 0
+
+    def count(self, status: str) -> None:
+        """One more trial has ended as completed, infeasible or failed."""
+        match Status(status):
+            case Status.COMPLETED:
+                self.completed += 1
+            case Status.INFEASIBLE:
+                self.infeasible += 1
+            case Status.FAILED:
+                self.failed += 1
 
     @property
     def done(self) -> int:

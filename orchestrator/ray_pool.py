@@ -6,6 +6,7 @@ Ray restarts and retries nothing: the driver owns both, so that no pack runs twi
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
-from jobs.errors import SteersweepError
+from jobs.errors import ModelError, SpecError, SteersweepError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
-from orchestrator.pool import Event, Order, Report
+from orchestrator.pool import Delivery, Event, Order
 from orchestrator.worker import Worker
 
 _CONNECT_SECONDS = 5.0
-_MAX_RESPAWNS = 20
+_MAX_DEATHS = 20
 
 
 class WorkerActor:
@@ -39,8 +40,8 @@ class WorkerActor:
         """True as soon as the replica is loaded."""
         return True
 
-    def run(self, order: Order) -> Iterator[Report]:
-        """Reports of an order, each as soon as it is written."""
+    def run(self, order: Order) -> Iterator[Delivery]:
+        """Deliveries of an order, each as soon as it is written."""
         yield from self._worker.run(order)
 
 
@@ -54,19 +55,18 @@ class RayPool:
     Args:
         folder: The sweep's folder, at the same path on every node.
         config: Number and size of the workers, and the model.
-        address: Address of a running cluster; None starts a local one.
 
-    Raises:
-        SteersweepError: If the address does not answer.
+    Uses the cluster that `connect` has reached, or starts a Ray on this machine.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, *, address: str | None = None) -> None:
+    def __init__(self, folder: Path, config: RunConfig) -> None:
         self._folder = folder
         self._config = config
-        _connect(address, config)
+        if not ray.is_initialized():
+            connect(config)
         self._actors: dict[str, Any] = {}
         self._waiting: dict[Any, str] = {}
-        self._respawns = 0
+        self._deaths = 0
         self._numbers = iter(range(1_000_000))
         for _ in range(config.workers):
             self._spawn()
@@ -99,9 +99,11 @@ class RayPool:
         """What has happened since the last call. Dead workers are replaced.
 
         Raises:
-            SteersweepError: If workers keep dying before they have loaded the model.
+            ModelError: If a worker cannot load the model.
+            SteersweepError: If workers die one after the other and none gives a delivery.
         """
         if not self._waiting:
+            time.sleep(timeout_seconds)
             return []
         ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_seconds)
         return [self._event(waited, self._waiting.pop(waited)) for waited in ready]
@@ -109,34 +111,38 @@ class RayPool:
     def _event(self, waited: Any, worker: str) -> Event:
         try:
             if isinstance(waited, ray.ObjectRefGenerator):
-                return self._next_report(waited, worker)
+                return self._next_delivery(waited, worker)
             ray.get(waited)
             return Event(worker, "ready")
         except ActorDiedError as error:
             if error.actor_init_failed:
-                raise SteersweepError(f"a worker cannot start: {_last_line(error)}") from error
+                raise ModelError(f"a worker cannot start: {_last_line(error)}") from error
             return self._lost(worker, error)
         except (ActorUnavailableError, RayActorError) as error:
             return self._lost(worker, error)
         except RayTaskError as error:
-            if isinstance(error.cause, (SteersweepError, OSError)):
+            if isinstance(error.cause, SteersweepError):
                 raise error.cause from error
             return self._lost(worker, error)
 
-    def _next_report(self, stream: Any, worker: str) -> Event:
+    def _next_delivery(self, stream: Any, worker: str) -> Event:
         try:
-            report = ray.get(next(stream))
+            delivery = ray.get(next(stream))
         except StopIteration:
             return Event(worker, "done")
         self._waiting[stream] = worker
-        return Event(worker, "report", report)
+        self._deaths = 0
+        return Event(worker, "delivery", delivery)
 
     def _lost(self, worker: str, error: Exception) -> Event:
         ray.kill(self._actors.pop(worker))
-        self._respawns += 1
+        self._deaths += 1
         reason = str(error).strip()
-        if self._respawns > _MAX_RESPAWNS:
-            raise SteersweepError(f"{self._respawns} workers died; the last one said: {reason}")
+        if self._deaths > _MAX_DEATHS:
+            raise SteersweepError(
+                f"{self._deaths} workers died and none gave a delivery in between; the last one said: "
+                f"{_last_line(error)}; mend that, then `steersweep resume`"
+            )
         self._spawn()
         return Event(worker, "lost", reason=reason)
 
@@ -152,34 +158,44 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _connect(address: str | None, config: RunConfig) -> None:
+def connect(config: RunConfig, address: str | None = None) -> None:
+    """Reach a running cluster, or start a Ray on this machine that is as large as the workers need.
+
+    Args:
+        config: Number and size of the workers.
+        address: host:port of a running head, or `auto`; None starts a local Ray.
+
+    Raises:
+        SpecError: If there is no cluster at the address.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, config.workers * config.cpus_per_worker),
-            include_dashboard=False,
-            **common,
-        )
+        cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
         return
-    check_address(address)
+    if address != "auto":
+        _check_listening(address)
     try:
         ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SteersweepError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+        raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
 
 
-def check_address(address: str) -> None:
-    """Raises SteersweepError if nothing listens at a cluster's address."""
-    if address == "auto":
-        return
+_ADDRESS_HINT = (
+    "give host:port of a running head, such as 127.0.0.1:6379, or leave --address out to use this machine"
+)
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself would wait for minutes where nothing listens."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
             return
     except (OSError, ValueError) as error:
-        raise SteersweepError(
-            f"no Ray cluster answers at {address!r} ({error}); give host:port of a running head, such as "
-            "127.0.0.1:6379, or leave --address out to use this machine"
-        ) from error
+        raise SpecError(f"no Ray cluster answers at {address!r} ({error}); {_ADDRESS_HINT}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

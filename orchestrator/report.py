@@ -13,11 +13,11 @@ import numpy as np
 
 from orchestrator import figures
 from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
-from orchestrator.figures import Panel
+from orchestrator.figures import Plot
 from orchestrator.page import page_template
 from storage.durable import publish
 from storage.pareto import pareto, scored_trials
-from storage.query import Sweep, open_sweep
+from storage.query import StoredSweep, open_sweep
 
 SHOWN_OF_FRONT = 6
 _CSS_PIXELS_AN_INCH = 96
@@ -100,7 +100,7 @@ def write_report(folder: Path) -> Path:
     return target / "index.html"
 
 
-def _read(sweep: Sweep) -> Findings:
+def _read(sweep: StoredSweep) -> Findings:
     trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
     results = {row["trial"]: row for row in scored_trials(sweep)}
     scored = {}
@@ -204,7 +204,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
     unsteered = found.unsteered.get("select", {})
     ends = [[_column(rows, name + end) for end in ("_low", "_high")] for name in names]
     panels = [
-        Panel(found.measures[name], _column(rows, name), low, high, unsteered.get(name))
+        Plot(found.measures[name], _column(rows, name), low, high, unsteered.get(name))
         for name, (low, high) in zip(names, ends, strict=True)
     ]
     across, lines = _column(rows, x, "params"), _column(rows, y, "params") if y else None
@@ -230,7 +230,7 @@ def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
+def _comparisons(sweep: StoredSweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
     replies = _replies(sweep, list(chosen))
@@ -247,7 +247,7 @@ def _comparisons(sweep: Sweep, found: Findings) -> list[Comparison]:
     return [comparison for comparison in comparisons if comparison.replies]
 
 
-def _unsteered_specs(sweep: Sweep) -> str:
+def _unsteered_specs(sweep: StoredSweep) -> str:
     """SQL for the unsteered model's specs: the job's own prerequisites, else the trials at a dose of 0."""
     specs = f"SELECT spec FROM attempts WHERE trial IS NULL AND job = '{sweep.identity['job']}'"
     if "dose" not in sweep.identity["parameters"]:
@@ -255,7 +255,7 @@ def _unsteered_specs(sweep: Sweep) -> str:
     return f"{specs} UNION SELECT spec FROM trials WHERE dose = 0 AND NOT EXISTS ({specs})"
 
 
-def _replies(sweep: Sweep, trials: Sequence[int]) -> list[Record]:
+def _replies(sweep: StoredSweep, trials: Sequence[int]) -> list[Record]:
     listed = ", ".join(map(str, trials)) or "NULL"
     return sweep.rows(f"SELECT * FROM completions WHERE trial IN ({listed}) ORDER BY trial, split DESC, item")
 
@@ -281,7 +281,7 @@ def _worth_reading(found: Findings) -> dict[int, str]:
     return chosen
 
 
-def _failed_attempts(sweep: Sweep) -> list[Record]:
+def _failed_attempts(sweep: StoredSweep) -> list[Record]:
     return sweep.rows(
         "SELECT state, job, reason, count(*) AS times, list(DISTINCT trial ORDER BY trial) AS trials "
         "FROM attempts WHERE state <> 'ok' GROUP BY ALL ORDER BY times DESC, job, state, reason"

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs.spec import is_defined
+from jobs.spec import Status, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
@@ -138,10 +138,10 @@ class Results:
         }
 
     def _tell(self, trial: int, spec: str, status: str) -> None:
-        values = self._objectives.get(spec) if status == "completed" else None
-        self._sampler.tell(trial, values, failed=status == "failed")
-        setattr(self._tally, status, getattr(self._tally, status) + 1)
-        if values is not None:
+        values = None if status == Status.FAILED else self._objectives.get(spec)
+        self._sampler.tell(trial, Status(status), values)
+        self._tally.count(status)
+        if status == Status.COMPLETED and values is not None:
             self._note_best(trial, values[0])
         self._on_result()
 

@@ -13,6 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
+from jobs.spec import Status
 from orchestrator.space_file import grid_cell
 from search_spaces.base import Domain, Float, Grid, Int, Space
 from storage.durable import drop_torn_line
@@ -25,11 +26,13 @@ class Proposal(NamedTuple):
         trial: Its number.
         params: Parameter -> value.
         seen: Number of results that were told before it was asked.
+        fixed: Parameters that were held fixed.
     """
 
     trial: int
     params: dict[str, Any]
     seen: int
+    fixed: tuple[str, ...] = ()
 
 
 class OptunaSampler:
@@ -71,12 +74,13 @@ class OptunaSampler:
         """Propose a configuration.
 
         Args:
-            fixed: Parameters that must take these values.
+            fixed: Parameters that must take these values; a grid has its own order and ignores them.
         """
-        self._study.sampler = self._sampler(self._asked, fixed or {})
+        held = {} if fixed is None or self._name == "grid" else fixed
+        self._study.sampler = self._sampler(self._asked, held)
         trial = self._study.ask(self._distributions)
         self._asked += 1
-        return Proposal(trial.number, self._plain(trial), len(self._ended))
+        return Proposal(trial.number, self._plain(trial), len(self._ended), tuple(held))
 
     def adopt(self, known: Sequence[int]) -> list[Proposal]:
         """Proposals that Optuna has open and that are not among the `known` trial numbers.
@@ -96,29 +100,32 @@ class OptunaSampler:
                 adopted.append(Proposal(trial.number, self._plain(trial), len(self._ended)))
         return adopted
 
-    def tell(self, trial: int, values: Sequence[float] | None, *, failed: bool = False) -> None:
+    def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
         """Report how a trial ended; telling it again changes nothing.
 
         Args:
             trial: Its number.
-            values: The objectives, all finite; None if the trial has none.
-            failed: With no values: True = it crashed; False = it is infeasible, which the sampler learns.
+            status: Failed teaches the sampler nothing, infeasible that a constraint said no.
+            values: The objectives, all finite; None if not all are defined, which only a completed trial
+                may not have.
         """
         if trial in self._ended:
             return
-        if values is not None:
-            self._study.tell(trial, list(values), skip_if_finished=True)
-        elif failed:
+        if status == Status.INFEASIBLE:
+            self._set_infeasible(trial)
+        if status == Status.FAILED:
             self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        elif values is None:
+            assert status == Status.INFEASIBLE, f"trial {trial} is {status} without objectives"
+            self._study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         else:
-            self._tell_infeasible(trial)
+            self._study.tell(trial, list(values), skip_if_finished=True)
         self._ended.add(trial)
 
-    def _tell_infeasible(self, number: int) -> None:
+    def _set_infeasible(self, number: int) -> None:
         trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         if not trial.constraints:
-            trial.set_constraint("undefined_objective", 1.0)
-        self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+            trial.set_constraint("infeasible", 1.0)
 
     def _plain(self, trial: Trial) -> dict[str, Any]:
         return {name: trial.params[name] for name in self._distributions}

@@ -32,7 +32,7 @@ class Pack:
     """Tasks that run as rows of one batch.
 
     Attributes:
-        id: Number of the pack, kept through its attempts.
+        id: Number of the pack, kept while its tasks stay together.
         tasks: The rows.
         attempt: Which try this is, from 1.
     """
@@ -152,14 +152,19 @@ class Scheduler:
     def lost(self, pack: Pack) -> bool:
         """The pack's worker died. Its unsettled tasks run again, in the same company.
 
+        At the last attempt each runs alone, so that one that kills workers takes no other along.
+
         Returns:
             False if the pack had its last attempt; its tasks are then the caller's to fail.
         """
-        if pack.attempt >= self._max_attempts:
+        attempt = pack.attempt + 1
+        if attempt > self._max_attempts:
             return False
-        tasks = self._left(pack)
-        if tasks:
-            self._again.append(Pack(id=pack.id, tasks=tasks, attempt=pack.attempt + 1))
+        left = self._left(pack)
+        if attempt == self._max_attempts and len(left) > 1:
+            self._again.extend(self._pack([task], attempt) for task in left)
+        elif left:
+            self._again.append(Pack(id=pack.id, tasks=left, attempt=attempt))
         return True
 
     def split(self, pack: Pack) -> bool:
@@ -176,9 +181,9 @@ class Scheduler:
     def _left(self, pack: Pack) -> tuple[Task, ...]:
         return tuple(task for task in pack.tasks if task.spec in self._unsettled)
 
-    def _pack(self, tasks: list[Task]) -> Pack:
+    def _pack(self, tasks: list[Task], attempt: int = 1) -> Pack:
         self._packs += 1
-        return Pack(id=self._packs, tasks=tuple(tasks))
+        return Pack(id=self._packs, tasks=tuple(tasks), attempt=attempt)
 
 
 def _needs(tasks: Iterable[Task]) -> set[str]:

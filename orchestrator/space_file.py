@@ -12,51 +12,62 @@ from typing import Any, NamedTuple
 
 from jobs import catalog
 from jobs.errors import SpecError
-from jobs.resolve import load_job, make_params
+from jobs.resolve import is_own_data, load_job, make_params
 from jobs.spec import ModelRef
 from search_spaces.base import Domain, Float, Grid, Space
+from storage.schema import TABLES
 
 _SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
 
 
 class SpaceFile(NamedTuple):
-    """A space, the name of its file without the ending, and the file's text."""
+    """A space, the file that defines it, and the file's text."""
 
     space: Space
-    name: str
+    path: Path
     source: str
 
+    @property
+    def name(self) -> str:
+        """The file's name without the ending."""
+        return self.path.stem
 
-def load_space(path: Path) -> SpaceFile:
+
+def load_space(path: Path, *, origin: Path | None = None) -> SpaceFile:
     """The space that a file defines.
+
+    Args:
+        path: The file.
+        origin: Where the file is a copy from; the space sees that as its own place.
 
     Raises:
         SpecError: If the file is absent, does not run, or has no `SPACE`; file and line are named.
     """
     if not path.is_file():
         raise SpecError(f"no space file {path}; give a Python file such as search_spaces/tone_grid.py")
-    names: dict[str, Any] = {"__name__": f"steersweep_space_{path.stem}", "__file__": str(path)}
+    origin = (origin or path).absolute()
+    names: dict[str, Any] = {"__name__": f"steersweep_space_{origin.stem}", "__file__": str(origin)}
     try:
         source = path.read_text(encoding="utf-8")
         # Not imported: Python's cache would take a file that was changed within a second for the old one.
         exec(compile(source, path, "exec"), names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = next(iter(str(error).splitlines()), "")
         raise SpecError(f"{path}{_line(error, path)}: {type(error).__name__}: {what}") from error
     space = names.get("SPACE")
     if not isinstance(space, Space):
         raise SpecError(f"{path} defines no SPACE; write SPACE = Space(...) as in search_spaces/tone_grid.py")
-    return SpaceFile(space, path.stem, source)
+    return SpaceFile(space, origin, source)
 
 
-def _line(error: Exception, path: Path) -> str:
+def _line(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f", line {error.lineno}"
     lines = [frame.tb_lineno for frame in _frames(error) if frame.tb_frame.f_code.co_filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
 
 
-def _frames(error: Exception) -> Iterator[Any]:
+def _frames(error: BaseException) -> Iterator[Any]:
     frame = error.__traceback__
     while frame is not None:
         yield frame
@@ -79,6 +90,31 @@ def with_fixed(space: Space, values: Mapping[str, str]) -> Space:
     return dataclasses.replace(space, fixed={**space.fixed, **parsed})
 
 
+def with_absolute_data(space: Space, directory: Path) -> Space:
+    """The space with the paths of datasets made absolute, so that it means the same from anywhere.
+
+    Args:
+        space: What may be tried; names of the project's own datasets stay.
+        directory: Where relative paths begin.
+    """
+
+    def absolute(value: Any) -> Any:
+        if not isinstance(value, str) or is_own_data(value):
+            return value
+        path = directory / Path(value).expanduser()
+        return str(path.resolve()) if path.is_file() else value
+
+    names = load_job(space.job).DATA
+    fixed = {name: absolute(value) if name in names else value for name, value in space.fixed.items()}
+    parameters = {
+        name: Grid([absolute(value) for value in domain.values])
+        if name in names and isinstance(domain, Grid)
+        else domain
+        for name, domain in space.parameters.items()
+    }
+    return dataclasses.replace(space, fixed=fixed, parameters=parameters)
+
+
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
@@ -95,6 +131,8 @@ def check_space(space: Space, model: ModelRef) -> None:
         ModelError: If the model is not to be had.
     """
     job = load_job(space.job)
+    if taken := sorted(set(space.parameters) & {column.name for column in TABLES["trials"]}):
+        raise SpecError(f"parameters {taken} are columns of the table trials; give them other names")
     for objective in space.objectives:
         if objective.metric not in job.METRICS:
             nearest = difflib.get_close_matches(objective.metric, job.METRICS, n=1)

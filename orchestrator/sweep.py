@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jobs.spec import Spec
 from orchestrator.config import RunConfig
 from orchestrator.planning import Planner, make_task
-from orchestrator.pool import Event, Finished, Order, OrderRow, Pool, Report
+from orchestrator.pool import Delivery, Event, Finished, Order, OrderRow, Pool
 from orchestrator.progress import Progress, Tally
 from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
@@ -31,7 +31,7 @@ class _Planned(NamedTuple):
 
 @dataclass(slots=True)
 class _Running:
-    """A pack on a worker; times in s since 1970, `latest` that of the last report."""
+    """A pack on a worker; times in s since 1970, `latest` that of the last delivery."""
 
     worker: str
     pack: Pack
@@ -79,6 +79,7 @@ class Sweep:
         self._results = Results(self._store, space, sampler, self._tally, on_result)
         self._planned: dict[str, _Planned] = {}
         self._running: dict[str, _Running] = {}
+        self._loaded: set[str] = set()
         self._idle: list[str] = []
         self._asked = 0
 
@@ -102,11 +103,13 @@ class Sweep:
 
     def _show(self) -> None:
         on_workers = [task.spec for run in self._running.values() for task in run.pack.tasks]
+        self._tally.workers_ready = len(self._loaded)
         self._tally.running = sum(len(self._results.waiting(spec)) for spec in on_workers)
         self._progress.update(self._tally)
 
     def _take_up(self) -> None:
         """Go on where an earlier driver of the folder was stopped."""
+        self._ledger.taken_over()
         asked = read_asked(self._store.folder)
         adopted = [
             self._record(proposal) for proposal in self._sampler.adopt([trial.trial for trial in asked])
@@ -149,11 +152,16 @@ class Sweep:
         """The first proposal is free, the others hold what the rows of a pack must share."""
         first = self._record(self._sampler.ask())
         fixed = {name: first.params[name] for name in self._planner.shared()}
-        return [first, *(self._record(self._sampler.ask(fixed), tuple(fixed)) for _ in range(count - 1))]
+        return [first, *(self._record(self._sampler.ask(fixed)) for _ in range(count - 1))]
 
-    def _record(self, proposal: Proposal, fixed: tuple[str, ...] = ()) -> Asked:
-        spec = self._planner.spec(proposal.params)
-        return Asked(trial=proposal.trial, params=proposal.params, spec=spec, seen=proposal.seen, fixed=fixed)
+    def _record(self, proposal: Proposal) -> Asked:
+        return Asked(
+            trial=proposal.trial,
+            params=proposal.params,
+            spec=self._planner.spec(proposal.params),
+            seen=proposal.seen,
+            fixed=proposal.fixed,
+        )
 
     def _take_in(self, trials: Sequence[Asked]) -> None:
         """Answer trials from results that are there, or plan what has to be computed for them."""
@@ -213,30 +221,30 @@ class Sweep:
 
     def _handle(self, event: Event) -> None:
         if event.kind == "ready":
-            self._tally.workers_ready += 1
+            self._loaded.add(event.worker)
             self._idle.append(event.worker)
-        elif event.kind == "report" and event.report is not None:
-            self._report(self._running[event.worker], event.report)
+        elif event.kind == "delivery" and event.delivery is not None:
+            self._receive(self._running[event.worker], event.delivery)
         elif event.kind == "done":
             self._running.pop(event.worker, None)
             self._idle.append(event.worker)
         elif event.kind == "lost":
             self._lost(event.worker, event.reason or "the worker died")
 
-    def _report(self, run: _Running, report: Report) -> None:
-        self._accept(run, report.part, report.finished, report)
-        if report.error is None:
+    def _receive(self, run: _Running, delivery: Delivery) -> None:
+        self._accept(run, delivery.part, delivery.finished, delivery)
+        if delivery.error is None:
             return
-        state = "oom" if report.out_of_memory else "failed"
-        ended = self._ended(run, state, report.error)
+        state = "oom" if delivery.out_of_memory else "failed"
+        ended = self._ended(run, state, delivery.error)
         if self._scheduler.split(run.pack):
-            self._results.note_attempts(self._attempts(run, ended, report))
+            self._results.note_attempts(self._attempts(run, ended, delivery))
             return
-        status = "infeasible" if report.out_of_memory else "failed"
-        self._give_up(run, ended, report, status, report.error.splitlines()[0])
+        status = "infeasible" if delivery.out_of_memory else "failed"
+        self._give_up(run, ended, delivery, status, delivery.error.splitlines()[0])
 
     def _lost(self, worker: str, reason: str) -> None:
-        self._tally.workers_ready -= 1
+        self._loaded.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
         run = self._running.pop(worker, None)
@@ -255,21 +263,23 @@ class Sweep:
         return [Finished(spec, state, reason, time.time()) for spec in left]
 
     def _give_up(
-        self, run: _Running, ended: Sequence[Finished], report: Report | None, status: str, why: str
+        self, run: _Running, ended: Sequence[Finished], delivery: Delivery | None, status: str, why: str
     ) -> None:
         results = tuple(StoredResult(row.spec, status, why) for row in ended)
-        self._accept(run, Part((), results), ended, report)
+        self._accept(run, Part((), results), ended, delivery)
 
-    def _accept(self, run: _Running, part: Part, finished: Sequence[Finished], report: Report | None) -> None:
+    def _accept(
+        self, run: _Running, part: Part, finished: Sequence[Finished], delivery: Delivery | None
+    ) -> None:
         """Accept what ended, and what cannot run any more because of it."""
         self._results.learn(finished)
         further = [failure for result in part.results for failure in self._settle(result)]
-        since = run.latest or (report.started if report is not None else run.dispatched)
+        since = run.latest or (delivery.started if delivery is not None else run.dispatched)
         run.latest = max((row.at for row in finished), default=time.time())
         self._results.accept(
             Part(part.files, (*part.results, *further)),
             seconds=(run.latest - since) / max(1, len(part.results)),
-            attempts=self._attempts(run, finished, report),
+            attempts=self._attempts(run, finished, delivery),
         )
         for result in (*part.results, *further):
             del self._planned[result.spec]
@@ -283,7 +293,7 @@ class Sweep:
         return [StoredResult(spec, "failed", why) for spec in self._scheduler.fail(result.spec)]
 
     def _attempts(
-        self, run: _Running, finished: Iterable[Finished], report: Report | None = None
+        self, run: _Running, finished: Iterable[Finished], delivery: Delivery | None = None
     ) -> list[dict[str, Any]]:
         """Rows of the table `attempts`."""
         return [
@@ -296,8 +306,8 @@ class Sweep:
                 "state": row.state,
                 "reason": row.reason,
                 "worker": run.worker,
-                "host": report.host if report is not None else None,
-                "started": report.started if report is not None else run.dispatched,
+                "host": delivery.host if delivery is not None else None,
+                "started": delivery.started if delivery is not None else run.dispatched,
                 "finished": row.at,
             }
             for row in finished

@@ -13,12 +13,14 @@ import numpy as np
 from jobs.errors import OutOfMemory, SteersweepError
 from jobs.resolve import load_job, make_params
 from jobs.spec import ModelRef, Outcome, Requirement, Row
-from orchestrator.pool import Finished, Order, Report
+from orchestrator.pool import Delivery, Finished, Order
 from storage.artifacts import Artifact, read_artifact, write_artifact
+from storage.durable import StoreError
 from storage.parquet import to_arrow, write_table
 from storage.store import Part, StoredResult
 
 _FLUSH_SECONDS = 1.0
+_CACHED_ARTIFACTS = 16
 
 
 class LoadReplica(Protocol):
@@ -54,8 +56,12 @@ class Worker:
         self._cache: dict[str, Mapping[str, np.ndarray]] = {}
         self.stop_requested = False
 
-    def run(self, order: Order) -> Iterator[Report]:
-        """Run an order; a report follows whenever outcomes have waited a second, and at the end."""
+    def run(self, order: Order) -> Iterator[Delivery]:
+        """Run an order; a delivery follows whenever outcomes have waited a second, and at the end.
+
+        Raises:
+            StoreError: If the folder cannot be written or an artifact is not what was stored.
+        """
         started = time.time()
         batch = _Batch(self._folder, started)
         try:
@@ -74,7 +80,7 @@ class Worker:
                 raise SteersweepError(
                     f"{order.job} ended without an outcome for the rows {sorted(unanswered)}"
                 )
-        except OSError:
+        except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure of a job becomes data
             yield batch.flush(error=_describe(error), out_of_memory=isinstance(error, OutOfMemory))
@@ -82,10 +88,12 @@ class Worker:
             yield batch.flush()
 
     def artifact(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
-        """Arrays of an artifact, kept after the first use."""
-        if artifact.sha256 not in self._cache:
-            self._cache[artifact.sha256] = read_artifact(self._folder, artifact)
-        return self._cache[artifact.sha256]
+        """Arrays of an artifact; the latest few stay in memory."""
+        arrays = self._cache.pop(artifact.sha256, None) or read_artifact(self._folder, artifact)
+        self._cache[artifact.sha256] = arrays
+        if len(self._cache) > _CACHED_ARTIFACTS:
+            del self._cache[next(iter(self._cache))]
+        return arrays
 
 
 class _Context:
@@ -152,12 +160,12 @@ class _Batch:
     def is_due(self) -> bool:
         return time.monotonic() - self._since > _FLUSH_SECONDS
 
-    def flush(self, *, error: str | None = None, out_of_memory: bool = False) -> Report:
+    def flush(self, *, error: str | None = None, out_of_memory: bool = False) -> Delivery:
         files = tuple(write_table(self._folder, table, rows) for table, rows in self._tables.items() if rows)
         part = Part(files, tuple(self._results))
         finished = tuple(self._finished)
         self._clear()
-        return Report(part, finished, self._started, socket.gethostname(), error, out_of_memory)
+        return Delivery(part, finished, self._started, socket.gethostname(), error, out_of_memory)
 
 
 def _describe(error: Exception) -> str:

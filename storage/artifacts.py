@@ -9,8 +9,7 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from jobs.errors import SteersweepError
-from storage.durable import publish
+from storage.durable import StoreError, publish
 
 
 class Artifact(NamedTuple):
@@ -28,7 +27,7 @@ class Artifact(NamedTuple):
 
 
 def write_artifact(folder: Path, tensors: Mapping[str, np.ndarray]) -> Artifact:
-    """Store arrays once; equal content is one file. Raises OSError if the disk refuses."""
+    """Store arrays once; equal content is one file. Raises StoreError if the disk refuses."""
     content = save_safetensors({name: np.asarray(array, order="C") for name, array in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / "artifacts" / f"{digest[:32]}.safetensors"
@@ -41,18 +40,14 @@ def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
     """The arrays of an artifact, read-only.
 
     Raises:
-        SteersweepError: If the file is absent or its content is not what was stored.
+        StoreError: If the file is absent or its content is not what was stored.
     """
     path = folder / artifact.path
     if not path.is_file():
-        raise SteersweepError(
-            f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again"
-        )
+        raise StoreError(f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != artifact.sha256:
-        raise SteersweepError(
-            f"artifact {artifact.path} has changed since it was stored; delete it and resume"
-        )
+        raise StoreError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")
     arrays = load_safetensors(content)
     for array in arrays.values():
         array.flags.writeable = False

@@ -4,26 +4,36 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jobs.errors import SteersweepError
+
+
+class StoreError(SteersweepError):
+    """A sweep's folder cannot be written, or is not what was stored; what was accepted before stays."""
 
 
 def publish(path: Path, content: bytes) -> None:
     """Write a file under another name, sync it, rename it into place.
 
     Raises:
-        OSError: If the disk refuses; no file is left behind then.
+        StoreError: If the disk refuses; no file is left behind then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with staging.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         staging.replace(path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink()
+        if isinstance(error, OSError):
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 
@@ -35,22 +45,32 @@ class Log:
         drop_torn_line(path)
 
     def append(self, *events: Mapping[str, Any]) -> None:
-        """Add events and sync once. Raises OSError if the disk refuses."""
+        """Add events and sync once. Raises StoreError if the disk refuses."""
         text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-        with self._path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StoreError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Events of a log, oldest first; a torn last line is left out."""
+    """Events of a log, oldest first; a torn last line is left out.
+
+    Raises:
+        StoreError: If any other line is no JSON.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise StoreError(f"{path}, line {number} is not what was written: {error}") from error
 
 
 def drop_torn_line(path: Path) -> None:

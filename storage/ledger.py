@@ -20,7 +20,8 @@ class Asked:
         trial: Its number.
         params: Proposed parameters.
         spec: What has to be computed for it.
-        seen: Number of results that the sampler had been told before.
+        seen: Number of trials that the sampler had been told of before; they are told in the order in
+            which `trials` was written, so that this many of its first rows were seen.
         fixed: Parameters that were held fixed so that the trial could share a pack.
     """
 
@@ -36,6 +37,10 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self._log = Log(ledger_path(folder))
+
+    def taken_over(self) -> None:
+        """Record that a new driver goes on; what the one before had dispatched runs no more."""
+        self._log.append({"event": "taken over"})
 
     def asked(self, trials: Iterable[Asked]) -> None:
         """Record proposals before anything is done about them."""
@@ -79,10 +84,11 @@ def read_asked(folder: Path) -> list[Asked]:
 
 
 def read_dispatched(folder: Path) -> set[str]:
-    """Ids of the specs that some worker was given."""
-    return {
-        spec
-        for event in read_log(ledger_path(folder))
-        if event["event"] == "dispatched"
-        for spec in event["specs"]
-    }
+    """Ids of the specs that the latest driver has given to a worker."""
+    dispatched: set[str] = set()
+    for event in read_log(ledger_path(folder)):
+        if event["event"] == "taken over":
+            dispatched.clear()
+        elif event["event"] == "dispatched":
+            dispatched.update(event["specs"])
+    return dispatched

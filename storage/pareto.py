@@ -6,7 +6,7 @@ from typing import Any
 import moocore
 import numpy as np
 
-from storage.query import Sweep
+from storage.query import StoredSweep
 
 
 def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
@@ -26,7 +26,7 @@ def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
     return mask
 
 
-def pareto(sweep: Sweep) -> list[dict[str, Any]]:
+def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
     """Completed trials of the front, best first objective first.
 
     Each row holds `trial`, `params`, the objectives on the split select (`objectives`) and the
@@ -51,7 +51,7 @@ def pareto(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def scored_trials(sweep: Sweep) -> list[dict[str, Any]]:
+def scored_trials(sweep: StoredSweep) -> list[dict[str, Any]]:
     """Completed trials with their parameters and metrics: `trial`, `params`, `select`, `report`.
 
     A trial that shares an earlier trial's result is that trial's point, not one more.

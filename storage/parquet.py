@@ -53,7 +53,7 @@ def write_table(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> 
         The file, its path relative to `folder`.
 
     Raises:
-        OSError: If the disk refuses; nothing is left behind then.
+        StoreError: If the disk refuses; nothing is left behind then.
         KeyError, TypeError, ValueError: As `to_arrow` does.
     """
     sink = pa.BufferOutputStream()

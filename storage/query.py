@@ -9,8 +9,10 @@ import duckdb
 import pyarrow as pa
 
 from jobs.errors import SpecError
-from storage.ledger import ledger_path, read_asked, read_dispatched
-from storage.schema import RESULT_TABLES, TABLES, Column
+from storage.durable import StoreError
+from storage.ledger import read_asked, read_dispatched
+from storage.lock import driver
+from storage.schema import RESULT_TABLES, STATES, TABLES, Column
 from storage.store import Store
 
 _SQL_TYPES = {
@@ -22,7 +24,7 @@ _SQL_TYPES = {
 }
 
 
-class Sweep:
+class StoredSweep:
     """A sweep's folder, opened for reading; finished and running sweeps alike.
 
     Attributes:
@@ -63,6 +65,12 @@ class Sweep:
         rows: list[dict[str, Any]] = self.query(sql).to_pylist()
         return rows
 
+    def counts(self) -> dict[str, int]:
+        """State -> number of trials in it, for all five states."""
+        counted = self.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
+        found = {row["state"]: row["trials"] for row in counted}
+        return {state: found.get(state, 0) for state in STATES}
+
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
         store = Store(self.folder)
         paths = {
@@ -87,7 +95,7 @@ class Sweep:
         columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
         connection.execute(f"CREATE TABLE open_trials ({columns})")
         finished = {row["trial"] for row in store.rows("trials")}
-        dispatched = read_dispatched(self.folder) if ledger_path(self.folder).exists() else set()
+        dispatched = read_dispatched(self.folder) if driver(self.folder) else set()
         waiting = [
             (
                 asked.trial,
@@ -137,16 +145,26 @@ def _identifier(text: str) -> str:
     return '"' + text.replace('"', '""') + '"'
 
 
-def open_sweep(folder: Path | str) -> Sweep:
+def open_sweep(folder: Path | str) -> StoredSweep:
     """A sweep's folder for reading.
 
     Raises:
         SpecError: If the folder holds no sweep.
+        StoreError: If its `sweep.json` cannot be read.
     """
     folder = Path(folder)
+    return StoredSweep(folder, read_identity(folder))
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What `sweep.json` says of a sweep. Raises as `open_sweep` does."""
     path = folder / "sweep.json"
     if not path.is_file():
         raise SpecError(
             f"{folder} holds no sweep: there is no sweep.json; give the folder named by `run --out`"
         )
-    return Sweep(folder, json.loads(path.read_bytes()))
+    try:
+        identity: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is not what was written: {error}") from error
+    return identity

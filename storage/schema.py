@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 SCHEMA_VERSION = 1
+STATES = ("waiting", "running", "completed", "infeasible", "failed")
+"""What a trial can be; the last three are ends."""
 
 
 class Column(NamedTuple):
@@ -37,7 +39,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
             "seconds",
             "real",
             "s",
-            "its share of the time since the pack's report before; null for a reused result",
+            "its share of the time since the pack's delivery before; null for a reused result",
         ),
         Column("finished", "real", "s since 1970", "when the result was accepted"),
         Column("params", "json", "", "the proposed parameters"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storage.durable import publish
+from storage.durable import StoreError, publish
 from storage.parquet import TableFile, read_rows, write_table
 from storage.schema import SCHEMA_VERSION
 
@@ -35,11 +35,14 @@ class Store:
 
     Attributes:
         folder: The sweep's folder.
+
+    Raises:
+        StoreError: If an entry of the manifest cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries = [json.loads(path.read_bytes()) for path in manifest_entries(folder)]
+        self._entries = [_read_entry(path) for path in manifest_entries(folder)]
         self.results = {
             result["spec"]: StoredResult(**result) for entry in self._entries for result in entry["results"]
         }
@@ -52,7 +55,7 @@ class Store:
             tables: Table name -> rows that the driver adds, such as `trials` and `attempts`.
 
         Raises:
-            OSError: If the disk refuses; nothing becomes visible then.
+            StoreError: If the disk refuses; nothing becomes visible then.
             ValueError: If a spec already has a result, or is given two.
         """
         parts = list(parts)
@@ -83,6 +86,14 @@ class Store:
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All visible rows of one table."""
         return read_rows(self.folder, table, self.files(table))
+
+
+def _read_entry(path: Path) -> dict[str, Any]:
+    try:
+        entry: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StoreError(f"{path} is not what was written: {error}") from error
+    return entry
 
 
 def manifest_folder(folder: Path) -> Path:

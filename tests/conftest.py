@@ -1,5 +1,10 @@
 """What several test files need."""
 
+import os
+
+# Before torch is imported: for tiny models a second thread is all overhead, most of all beside Ray's workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

@@ -115,6 +115,8 @@ def _outcomes(params: Params) -> list[Outcome]:
             return [_rich(metrics)]
         case "raise":
             raise RuntimeError("told to raise")
+        case "no file":
+            raise FileNotFoundError("told not to find a file")
         case "oom":
             raise OutOfMemory("told not to fit", limit=1)
         case "die":
@@ -171,5 +173,15 @@ def _rich(metrics: dict[str, dict[str, float]]) -> Outcome:
     )
 
 
-FAULTY = ("raise", "silent", "bad table", "bad column", "bad cell", "bad text", "bad metric", "bad tensor")
+FAULTY = (
+    "raise",
+    "no file",
+    "silent",
+    "bad table",
+    "bad column",
+    "bad cell",
+    "bad text",
+    "bad metric",
+    "bad tensor",
+)
 """Modes whose fault is the job's own: such a row fails, alone, and is not tried again."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jobs.spec import ModelRef
-from orchestrator.pool import Event, Order, Report
+from orchestrator.pool import Delivery, Event, Order
 from orchestrator.progress import Tally
 from orchestrator.worker import Worker
 from storage.parquet import write_table
-from storage.query import Sweep, open_sweep
+from storage.query import StoredSweep, open_sweep
 from storage.store import Part, Store, StoredResult
 from tests.fake_job import Died
 
@@ -43,7 +43,7 @@ def write_sweep(
     *,
     objectives: Mapping[str, str],
     parameters: Mapping[str, str] | None = None,
-) -> Sweep:
+) -> StoredSweep:
     """Store trials as a driver and its workers would; trials of one spec share the first one's result.
 
     Args:
@@ -99,7 +99,7 @@ class InlinePool:
     Args:
         folder: The sweep's folder.
         workers: How many.
-        losses: Number of an order, from 1 -> when its worker is lost: `before` its first report is
+        losses: Number of an order, from 1 -> when its worker is lost: `before` its first delivery is
             heard (its files are written already) or `after`.
         stop_at: Number of the call of `events`, from 1, that raises `Stopped`; None = never.
         seed: Order of events.
@@ -120,7 +120,7 @@ class InlinePool:
         self._random = random.Random(seed)
         self._names = (f"worker-{number}" for number in count())
         self._idle: dict[str, Worker] = {}
-        self._busy: dict[str, tuple[int, Iterator[Report], Worker]] = {}
+        self._busy: dict[str, tuple[int, Iterator[Delivery], Worker]] = {}
         self._news: list[Event] = []
         self._empty = 0
         self.orders: list[Order] = []
@@ -153,9 +153,9 @@ class InlinePool:
         return events
 
     def _advance(self, worker: str) -> Event:
-        number, reports, replica = self._busy[worker]
+        number, deliveries, replica = self._busy[worker]
         try:
-            report = next(reports)
+            delivery = next(deliveries)
         except StopIteration:
             del self._busy[worker]
             self._idle[worker] = replica
@@ -164,15 +164,15 @@ class InlinePool:
             return self._lose(worker, str(error))
         match self._losses.get(number):
             case "before":
-                return self._lose(worker, f"order {number} took its worker along, before its first report")
+                return self._lose(worker, f"order {number} took its worker along, before its first delivery")
             case "after":
-                reports.close()
+                deliveries.close()
                 self._busy[worker] = (number, self._dying(number), replica)
-        return Event(worker, "report", report)
+        return Event(worker, "delivery", delivery)
 
     @staticmethod
-    def _dying(number: int) -> Iterator[Report]:
-        raise Died(f"order {number} took its worker along, after its first report")
+    def _dying(number: int) -> Iterator[Delivery]:
+        raise Died(f"order {number} took its worker along, after its first delivery")
         yield
 
     def _lose(self, worker: str, reason: str) -> Event:

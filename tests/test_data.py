@@ -175,6 +175,19 @@ class TestClaims:
         with pytest.raises(SpecError, match="4 claims in balance; 2 \\+ 2 \\+ 1 are asked for"):
             load_questions(path, extract=2, select=2, report=1)
 
+    def test_a_statement_that_comes_again_is_asked_once_with_its_first_label(self, written: Write) -> None:
+        rows = ["statement,label", "One.,1", "Two.,0", "One.,1", "One.,0", "Three.,0", "Four.,1", "Two.,1"]
+        path = written("claims.csv", "\n".join(rows))
+        found = [question.claim for question in load_questions(path, extract=2, select=1, report=1)]
+        assert found == [
+            Claim("One.", True),
+            Claim("Two.", False),
+            Claim("Four.", True),
+            Claim("Three.", False),
+        ]
+        with pytest.raises(SpecError, match="has 4 claims in balance"):
+            load_questions(path, extract=2, select=2, report=1)
+
 
 class TestCounterbalancing:
     """Over the project's own claims; every property holds for any size of the splits."""
@@ -234,6 +247,7 @@ class TestCounterbalancing:
         for question, (user, pair) in zip(questions, honesty_pairs(questions), strict=True):
             assert user == question.user
             assert pair.positive == question.honest_letter
+            assert pair.negative == question.dishonest_letter
             assert {pair.positive, pair.negative} == {"A", "B"}
 
 

@@ -1,119 +1,34 @@
-"""The MLflow mirror, against MLflow itself on SQLite."""
+"""The MLflow mirror, against MLflow itself on SQLite and behind its server."""
 
 import json
-import logging
 import math
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from urllib3 import HTTPConnectionPool
 
-from jobs.errors import SpecError
-from storage.mlflow_log import BackgroundMirror, Mirror, serve_ui, tracking_uri
-from storage.parquet import write_table
-from storage.store import Part, Store, StoredResult
-
-UNREACHABLE = "http://127.0.0.1:1"
-STARTED = 1_700_000_000.0
-IDENTITY = {
-    "sweep": "5eed0123",
-    "space": "tone_grid",
-    "description": "Which layer changes the tone?",
-    "job": "jobs.steer",
-    "parameters": {"layer": "BIGINT", "dose": "DOUBLE", "template": "VARCHAR"},
-    "objectives": [
-        {"metric": "effect", "direction": "maximize"},
-        {"metric": "damage", "direction": "minimize"},
-    ],
-    "metrics": {"effect": {"unit": "nats", "meaning": "shift of the log-odds"}},
-    "model": {"id": "tiny", "revision": None, "dtype": "float32", "trust_remote_code": False},
-    "seed": 3,
-    "config": {"workers": 2, "sampler": "grid", "trials": 4, "model": "tiny", "dtype": "float32"},
-    "provenance": {"git_revision": "abc123", "packages": {"torch": "2.13.0", "ray": "2.60.0"}},
-}
+from storage.mlflow_log import Mirror, tracking_uri
+from storage.store import Store
+from tests.mirrored import IDENTITY, SECRET, STARTED, commit, make_database, make_sweep, runs_of, served
 
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its schema; creating one takes seconds, copying it nothing."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    MlflowClient(tracking_uri=tracking_uri(folder)).get_experiment_by_name("none")
-    return folder / "mlflow.db"
+    return make_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, empty_database: Path) -> Path:
-    sweep = tmp_path / "sweep"
-    sweep.mkdir()
-    (sweep / "sweep.json").write_text(json.dumps(IDENTITY))
+    sweep = make_sweep(tmp_path / "sweep")
     shutil.copy(empty_database, sweep / "mlflow.db")
     return sweep
-
-
-def commit(folder: Path, trial: int, state: str = "completed", **metrics: float) -> None:
-    """Store one trial as the driver does; a metric's name may end in the split, as in `effect__report`."""
-    spec = f"spec{trial}"
-    reason = None if state == "completed" else "text collapsed"
-    rows = []
-    for name, value in metrics.items():
-        metric, _, split = name.partition("__")
-        rows.append({"spec": spec, "split": split or "select", "name": metric, "value": value})
-    params = {"layer": 10 + trial, "dose": 0.1 * trial, "template": "a|b"}
-    started = STARTED + 10 * trial
-    Store(folder).commit(
-        [Part(files=(write_table(folder, "metrics", rows),), results=(StoredResult(spec, state, reason),))],
-        trials=[
-            {
-                "trial": trial,
-                "spec": spec,
-                "state": state,
-                "reason": reason,
-                "seconds": 4.0,
-                "finished": started + 5,
-                "params": json.dumps(params),
-            }
-        ],
-        attempts=[
-            {
-                "attempt": f"{trial}a",
-                "trial": trial,
-                "spec": spec,
-                "state": "lost",
-                "worker": "w0",
-                "started": started - 9,
-            },
-            {
-                "attempt": f"{trial}b",
-                "trial": trial,
-                "spec": spec,
-                "state": "ok",
-                "worker": "w1",
-                "started": started,
-                "finished": started + 4,
-            },
-        ],
-    )
-
-
-def runs_of(folder: Path, uri: str | None = None) -> tuple[Run, dict[int, Run]]:
-    """The sweep's run and the trials' runs; fails if a trial has two."""
-    client = MlflowClient(tracking_uri=uri or tracking_uri(folder))
-    experiment = client.get_experiment_by_name("tone_grid")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    [parent] = [run for run in runs if "steersweep.trial" not in run.data.tags]
-    children = {int(run.data.tags["steersweep.trial"]): run for run in runs if run is not parent}
-    assert len(children) == len(runs) - 1
-    return parent, children
 
 
 def content(run: Run) -> tuple[object, ...]:
@@ -268,12 +183,16 @@ def test_finish_adds_the_files_and_ends_the_sweeps_run(folder: Path) -> None:
     assert stored.read_text() == report.read_text()
 
 
-def test_a_finished_sweep_runs_again_while_new_trials_come(folder: Path) -> None:
+def test_a_sweep_that_was_stopped_or_finished_runs_again_until_the_next_finish(folder: Path) -> None:
     commit(folder, 0, effect=1.0)
     mirror = Mirror(folder)
     mirror.sync()
-    mirror.finish()
+    mirror.finish(is_complete=False)
+    assert runs_of(folder)[0].info.status == "KILLED"
     assert mirror.sync() == 0
+    assert runs_of(folder)[0].info.status == "RUNNING"
+    mirror.finish()
+    Mirror(folder).finish()
     assert runs_of(folder)[0].info.status == "FINISHED"
     commit(folder, 1, effect=1.0)
     assert mirror.sync() == 1
@@ -378,118 +297,108 @@ def test_many_runs_are_found_again_page_by_page(folder: Path, monkeypatch: pytes
     assert Mirror(folder).sync() == 0
 
 
-def test_the_background_mirror_follows_the_sweep_and_ends_it(folder: Path) -> None:
-    mirror = BackgroundMirror(folder)
-    commit(folder, 0, effect=1.0)
-    for _ in range(100):
-        mirror.notify()
-    commit(folder, 1, effect=1.0)
-    report = folder / "report.html"
-    report.write_text("<p></p>")
-    assert mirror.close([report], timeout_seconds=30)
-    parent, children = runs_of(folder)
-    assert set(children) == {0, 1}
-    assert parent.info.status == "FINISHED"
-
-
-def test_an_unreachable_server_is_one_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit(folder, 0, effect=1.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    started = time.monotonic()
-    mirror = BackgroundMirror(folder, UNREACHABLE)
-    mirror.notify()
-    with caplog.at_level(logging.WARNING, logger="storage.mlflow_log"):
-        assert not mirror.close([], timeout_seconds=20)
-    assert time.monotonic() - started < 10
-    [record] = [record for record in caplog.records if record.name == "storage.mlflow_log"]
-    assert "the sweep goes on" in record.getMessage()
-    assert "\n" not in record.getMessage()
-
-
-def test_the_default_number_of_retries_ends_within_seconds(folder: Path) -> None:
+def test_an_unreachable_server_is_given_up_within_seconds(folder: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Exception, match=r"127\.0\.0\.1"):
-        Mirror(folder, UNREACHABLE).sync()
+        Mirror(folder, "http://127.0.0.1:1").sync()
     assert time.monotonic() - started < 10
 
 
-def test_close_returns_when_its_time_is_up_and_leaves_whole_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for trial in range(4):
-        commit(folder, trial, effect=1.0)
-    mirror = BackgroundMirror(folder)
-    with monkeypatch.context() as slow:
-        real = MlflowClient.log_batch
-        slow.setattr(
-            MlflowClient, "log_batch", lambda *args, **more: (time.sleep(0.5), real(*args, **more))[1]
-        )
-        started = time.monotonic()
-        assert not mirror.close([], timeout_seconds=1.5)
-        assert time.monotonic() - started < 4
-    assert "mlflow-mirror" not in {thread.name for thread in threading.enumerate()}
-    parent, children = runs_of(folder)
-    assert parent.info.status == "RUNNING"
-    assert {run.info.status for run in children.values()} == {"FINISHED"}
-    assert Mirror(folder).sync() == 4 - len(children)
+def test_a_new_store_keeps_everything_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, elsewhere = make_sweep(tmp_path / "50%20of a?b#c"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    commit(sweep, 0, effect=1.0)
+    mirror = Mirror(sweep)
+    mirror.sync()
+    mirror.finish([sweep / "sweep.json"])
+    experiments = MlflowClient(tracking_uri=tracking_uri(sweep)).search_experiments()
+    assert {experiment.name for experiment in experiments} == {"Default", "tone_grid"}
+    inside = (sweep / "mlartifacts").as_uri()
+    assert all(experiment.artifact_location.startswith(inside) for experiment in experiments)
+    assert (sweep / "mlflow.db").is_file()
+    assert list((sweep / "mlartifacts").rglob("sweep.json"))
+    assert not list(elsewhere.iterdir())
 
 
-def test_importing_the_mirror_does_not_import_mlflow() -> None:
-    code = "import sys, storage.mlflow_log; sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_another_sqlite_store_can_be_named(folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (folder / "mlflow.db").rename(shared / "runs.db")
+    commit(folder, 0, effect=1.0)
+    uri = f"sqlite:///{shared}/runs.db?timeout=9"
+    mirror = Mirror(folder, uri)
+    mirror.sync()
+    mirror.finish([folder / "sweep.json"])
+    parent, children = runs_of(folder, uri)
+    assert (parent.info.status, set(children)) == ("FINISHED", {0})
+    assert list((shared / "mlartifacts").rglob("sweep.json"))
+    assert not list(folder.glob("ml*"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def test_a_port_in_use_is_refused_in_one_line(folder: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(
-            SpecError, match=rf"^port {port} cannot be used \(Address already in use\); choose another$"
-        ):
-            serve_ui(folder, port)
-
-
-def test_a_folder_without_a_mirror_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"has no mlflow\.db"):
-        serve_ui(tmp_path, free_port())
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
+    """Address of a real server, user and password included."""
+    folder = make_sweep(tmp_path_factory.mktemp("server") / "sweep")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    with served(folder) as (_, address):
+        yield address.replace("://", f"://reader:{SECRET}@")
 
 
 @pytest.mark.slow
-def test_the_user_interface_is_served_until_it_is_interrupted(folder: Path) -> None:
+def test_a_server_gets_the_same_runs_and_no_password(
+    folder: Path, server: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     commit(folder, 0, effect=1.0)
-    Mirror(folder).sync()
-    port = free_port()
-    code = f"import pathlib, storage.mlflow_log as m; exit(m.serve_ui(pathlib.Path({str(folder)!r}), {port}))"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as server:
-        try:
-            assert b'"tone_grid"' in search_experiments(port, patience_seconds=60)
-            server.send_signal(signal.SIGINT)
-            server.communicate(timeout=30)
-        finally:
-            server.terminate()
-    assert server.returncode == 0
-    with pytest.raises(OSError, match="refused"):
-        search_experiments(port, patience_seconds=0)
+    commit(folder, 1, "failed")
+    for uri in (None, server):
+        mirror = Mirror(folder, uri)
+        mirror.sync()
+        mirror.finish([folder / "sweep.json"])
+    parent, children = runs_of(folder, server)
+    local_parent, local_children = runs_of(folder)
+    assert content(parent) == content(local_parent)
+    assert {trial: content(run) for trial, run in children.items()} == {
+        trial: content(run) for trial, run in local_children.items()
+    }
+    client = MlflowClient(tracking_uri=server)
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["sweep.json"]
+    stored = [client.get_experiment(parent.info.experiment_id), parent, *children.values()]
+    told = "".join([*(str(dict(one)) for one in stored), caplog.text, *capfd.readouterr()])
+    assert SECRET not in told
+    assert "reader" not in told
 
 
-def search_experiments(port: int, patience_seconds: float) -> bytes:
-    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=9"
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                return bytes(answer.read())
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+@pytest.mark.slow
+def test_an_answer_that_is_lost_makes_no_second_run(
+    folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(folder, 0, effect=1.0)
+    (folder / "sweep.json").write_text(json.dumps({**IDENTITY, "sweep": "lossy", "space": "lossy_grid"}))
+    real, created = HTTPConnectionPool._make_request, []
+
+    def losing(
+        pool: object, connection: object, method: str, url: str, *args: object, **more: object
+    ) -> object:
+        answer = real(pool, connection, method, url, *args, **more)
+        if url.endswith("/runs/create"):
+            created.append(url)
+            if len(created) in (1, 2):
+                raise ConnectionResetError("the answer is lost")
+        return answer
+
+    monkeypatch.setattr(HTTPConnectionPool, "_make_request", losing)
+    mirror = Mirror(folder, server)
+    for _ in range(2):
+        with pytest.raises(Exception, match="the answer is lost"):
+            mirror.sync()
+    mirror.sync()
+    mirror.finish()
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("lossy_grid")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 2
+
+
+def test_importing_the_mirror_does_not_import_mlflow() -> None:
+    code = "import sys, storage.background_mirror, storage.mlflow_ui; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from jobs import honesty, steer
+from jobs import steer
 from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.replica import Replica
 from jobs.engine.steering import Addition, RowTables, row_tables
@@ -319,14 +319,3 @@ class TestSteerJob:
         for outcome in self.run(artifacts, params(layer=1, dose=0.0), params(layer=1, dose=0.2)):
             for metrics in outcome.metrics.values():
                 assert set(metrics) == set(steer.METRICS)
-
-
-class TestHonestyJob:
-    def test_a_row_whose_logits_are_nan_fails_with_a_reason(self) -> None:
-        halves = Artifacts(Replica(tiny_model("llama").half(), tiny_tokenizer()))
-        few = {"claims_extract": 4, "claims_select": 4, "claims_report": 4, "max_new_tokens": 1}
-        rows = [honesty.Params(layer=1, dose=dose, **few) for dose in (1e6, 0.3)]  # type: ignore[arg-type]
-        poisoned, mate = halves.run("jobs.honesty", rows)
-        assert poisoned.status == Status.FAILED
-        assert "not finite; use a smaller dose" in str(poisoned.reason)
-        assert mate.status == Status.COMPLETED

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from jobs.errors import SpecError
 from orchestrator import figures
 from orchestrator.canvas import DARK, LIGHT, Measure, to_png
-from orchestrator.figures import Panel
+from orchestrator.figures import Plot
 from orchestrator.report import write_report
 from storage.parquet import write_table
 from storage.store import Part, Store, StoredResult
@@ -547,8 +547,8 @@ class TestFigures:
         x, layers = np.tile([-1.0, 0.0, 1.0], 2), np.repeat([3.0, 7.0], 3)
         nothing = np.full(6, np.nan)
         panels = [
-            Panel(EFFECT, x * layers, x * layers - 1, x * layers + 2, None),
-            Panel(DAMAGE, np.array([1.0, 0, np.nan, 4, 0, 5]), nothing, nothing, 0.5),
+            Plot(EFFECT, x * layers, x * layers - 1, x * layers + 2, None),
+            Plot(DAMAGE, np.array([1.0, 0, np.nan, 4, 0, 5]), nothing, nothing, 0.5),
         ]
         figure = figures.curves_figure(x, layers, panels, (Measure("dose"), Measure("layer")), LIGHT)
         top, bottom = figure.axes
@@ -563,7 +563,7 @@ class TestFigures:
         noise = np.random.default_rng(3)
         x, layers = 10 ** noise.uniform(-1, 1, 80), noise.integers(0, 30, 80).astype(float)
         nothing = np.full(80, np.nan)
-        panels = [Panel(EFFECT, x, nothing, nothing, None)]
+        panels = [Plot(EFFECT, x, nothing, nothing, None)]
         figure = figures.curves_figure(x, layers, panels, (Measure("R"), Measure("layer")), DARK)
         assert figure.axes[0].get_xscale() == "log"
         assert figure.axes[0].containers[0].lines[0].get_linestyle() == "None"

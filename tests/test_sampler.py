@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
+from jobs.spec import Status
 from orchestrator.sampler import OptunaSampler, Proposal
 from search_spaces.base import Float, Grid, Int, Objective, Sampler, Space
 
@@ -81,7 +82,7 @@ def test_a_grid_goes_on_where_it_was_when_the_study_is_reopened(tmp_path: Path, 
     first = open_sampler(tmp_path, "grid", space=space)
     before = [first.ask() for _ in range(half)]
     for proposal in before[::2]:
-        first.tell(proposal.trial, [1.0, 2.0])
+        first.tell(proposal.trial, Status.COMPLETED, [1.0, 2.0])
     second = open_sampler(tmp_path, "grid", space=space)
     after = [second.ask() for _ in range(18 - half)]
     cells = itertools.product([3, 5, 7], [-1, 0, 1], ["add", "ablate"])
@@ -112,7 +113,7 @@ def test_proposals_have_the_types_and_bounds_of_the_space(tmp_path: Path, name: 
         assert -2 <= params["dose"] <= 2
         assert 0.01 <= params["radius"] <= 100
         assert 1 <= params["count"] <= 9
-        sampler.tell(proposal.trial, values_of(params))
+        sampler.tell(proposal.trial, Status.COMPLETED, values_of(params))
 
 
 def test_random_proposals_follow_from_seed_and_number_alone(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_random_proposals_follow_from_seed_and_number_alone(tmp_path: Path) -> N
     first, second, third = [], [], []
     for _ in range(8):
         proposal = told.ask()
-        told.tell(proposal.trial, [0.0, 0.0])
+        told.tell(proposal.trial, Status.COMPLETED, [0.0, 0.0])
         first.append(proposal.params)
         second.append(untold.ask().params)
         third.append(other.ask().params)
@@ -142,7 +143,8 @@ def run(folder: Path, name: Sampler, *, restarts: set[int], steps: int) -> list[
         if step >= 2:
             ended = proposals[step - 2]
             values = None if ended.params["count"] == 5 else values_of(ended.params)
-            sampler.tell(ended.trial, values, failed=ended.params["mode"] == "add")
+            status = Status.COMPLETED if values is not None else Status.INFEASIBLE
+            sampler.tell(ended.trial, Status.FAILED if ended.params["mode"] == "add" else status, values)
     return proposals
 
 
@@ -168,7 +170,9 @@ def test_an_adaptive_sampler_proposes_otherwise_when_it_was_told_otherwise(
         for sampler, sign, params in zip(samplers, (1, -1), last, strict=True):
             proposal = sampler.ask()
             params.append(proposal.params)
-            sampler.tell(proposal.trial, [sign * value for value in values_of(proposal.params)])
+            sampler.tell(
+                proposal.trial, Status.COMPLETED, [sign * value for value in values_of(proposal.params)]
+            )
     assert last[0][0] == last[1][0]
     assert last[0] != last[1]
 
@@ -185,7 +189,7 @@ def test_parameters_that_are_held_fixed_are_held_and_the_others_still_vary(
         if step % 2:
             assert {key: proposal.params[key] for key in held} == held
         doses.add(proposal.params["radius"])
-        sampler.tell(proposal.trial, values_of(proposal.params))
+        sampler.tell(proposal.trial, Status.COMPLETED, values_of(proposal.params))
     assert len(doses) == 26
 
 
@@ -193,14 +197,14 @@ def test_a_proposal_says_how_many_results_were_known(tmp_path: Path) -> None:
     sampler = open_sampler(tmp_path, "random")
     assert sampler.ask().seen == 0
     assert sampler.ask().seen == 0
-    sampler.tell(0, [1.0, 1.0])
+    sampler.tell(0, Status.COMPLETED, [1.0, 1.0])
     assert sampler.ask().seen == 1
-    sampler.tell(1, None, failed=True)
-    sampler.tell(2, None)
+    sampler.tell(1, Status.FAILED, None)
+    sampler.tell(2, Status.INFEASIBLE, None)
     assert sampler.ask().seen == 3
     again = open_sampler(tmp_path, "random")
     for trial in range(3):
-        again.tell(trial, [1.0, 1.0])
+        again.tell(trial, Status.COMPLETED, [1.0, 1.0])
     assert again.ask().seen == 3, "a trial that is told again is no further result"
 
 
@@ -208,14 +212,14 @@ def test_telling_again_changes_nothing(tmp_path: Path) -> None:
     sampler = open_sampler(tmp_path, "random")
     for _ in range(3):
         sampler.ask()
-    sampler.tell(0, [1.0, 2.0])
-    sampler.tell(1, None)
-    sampler.tell(2, None, failed=True)
+    sampler.tell(0, Status.COMPLETED, [1.0, 2.0])
+    sampler.tell(1, Status.INFEASIBLE, None)
+    sampler.tell(2, Status.FAILED, None)
     before = [(trial.state, trial.values, trial.system_attrs) for trial in load_study(tmp_path).trials]
     content = (tmp_path / "optuna.journal").read_bytes()
     for again in (sampler, open_sampler(tmp_path, "random")):
-        for trial, values in itertools.product(range(3), ([3.0, 4.0], None)):
-            again.tell(trial, values, failed=values is None and trial == 0)
+        for trial, status in itertools.product(range(3), Status):
+            again.tell(trial, status, [3.0, 4.0] if status == Status.COMPLETED else None)
     assert [
         (trial.state, trial.values, trial.system_attrs) for trial in load_study(tmp_path).trials
     ] == before
@@ -224,16 +228,20 @@ def test_telling_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_an_infeasible_trial_is_pruned_with_a_constraint_and_a_failed_one_fails(tmp_path: Path) -> None:
     sampler = open_sampler(tmp_path, "tpe")
-    for _ in range(3):
+    for _ in range(4):
         sampler.ask()
-    sampler.tell(0, [1.0, 2.0])
-    sampler.tell(1, None)
-    sampler.tell(2, None, failed=True)
-    completed, infeasible, failed = load_study(tmp_path).trials
+    sampler.tell(0, Status.COMPLETED, [1.0, 2.0])
+    sampler.tell(1, Status.INFEASIBLE, None)
+    sampler.tell(2, Status.FAILED, None)
+    sampler.tell(3, Status.INFEASIBLE, [3.0, 4.0])
+    completed, infeasible, failed, measured = load_study(tmp_path).trials
     assert (completed.state, completed.values) == (TrialState.COMPLETE, [1.0, 2.0])
     assert infeasible.state == TrialState.PRUNED
     assert max(infeasible.constraints.values()) > 0
     assert failed.state == TrialState.FAIL
+    assert (measured.state, measured.values) == (TrialState.COMPLETE, [3.0, 4.0])
+    assert max(measured.constraints.values()) > 0
+    assert load_study(tmp_path).best_trials == [completed]
     assert not completed.constraints
     assert not failed.constraints
 
@@ -243,14 +251,14 @@ def test_an_infeasible_trial_whose_driver_died_between_constraint_and_state_can_
 ) -> None:
     sampler = open_sampler(tmp_path, "random")
     sampler.ask()
-    sampler.tell(0, None)
+    sampler.tell(0, Status.INFEASIBLE, None)
     journal = tmp_path / "optuna.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:-1]))
     [trial] = load_study(tmp_path).trials
     assert trial.state == TrialState.RUNNING
     assert trial.constraints
-    open_sampler(tmp_path, "random").tell(0, None)
+    open_sampler(tmp_path, "random").tell(0, Status.INFEASIBLE, None)
     [trial] = load_study(tmp_path).trials
     assert trial.state == TrialState.PRUNED
 
@@ -258,7 +266,7 @@ def test_an_infeasible_trial_whose_driver_died_between_constraint_and_state_can_
 def test_the_study_opens_with_optuna_alone_and_names_its_objectives(tmp_path: Path) -> None:
     sampler = open_sampler(tmp_path, "tpe")
     proposal = sampler.ask()
-    sampler.tell(proposal.trial, [1.0, 2.0])
+    sampler.tell(proposal.trial, Status.COMPLETED, [1.0, 2.0])
     study = load_study(tmp_path)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert study.metric_names == ["gain", "harm"]
@@ -277,8 +285,8 @@ def test_adopted_are_the_open_trials_that_nobody_recorded_with_their_parameters(
     space = make_space(CELLS, sampler="grid") if name == "grid" else make_space()
     sampler = open_sampler(tmp_path, name, space=space)
     proposals = [sampler.ask() for _ in range(6)]
-    sampler.tell(1, [1.0, 2.0])
-    sampler.tell(2, None)
+    sampler.tell(1, Status.COMPLETED, [1.0, 2.0])
+    sampler.tell(2, Status.INFEASIBLE, None)
     again = open_sampler(tmp_path, name, space=space)
     adopted = again.adopt([0, 1, 2, 4])
     assert [(proposal.trial, proposal.params) for proposal in adopted] == [
@@ -306,7 +314,7 @@ def test_a_journal_cut_anywhere_gives_the_same_proposals_again(tmp_path: Path, n
         adopted = again.adopt([0])
         rest = [again.ask() for _ in range(2 - len(adopted))]
         assert [*adopted, *rest] == proposals[1:]
-        again.tell(1, [1.0, 2.0])
+        again.tell(1, Status.COMPLETED, [1.0, 2.0])
         states = [trial.state for trial in load_study(tmp_path).trials]
         assert states == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.RUNNING]
 

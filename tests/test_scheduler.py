@@ -139,7 +139,9 @@ def test_a_trial_that_is_needed_through_another_task_does_not_ride_with_who_need
     assert [specs(pack) for pack in packs_of(scheduler)] == [["baseline"], ["middle"], ["steered"]]
 
 
-def test_a_lost_pack_runs_again_in_the_same_company_then_is_given_up(scheduler: Scheduler) -> None:
+def test_a_lost_pack_runs_again_in_the_same_company_then_one_by_one_then_is_given_up(
+    scheduler: Scheduler,
+) -> None:
     scheduler.add([trial(f"t{number}") for number in range(4)], settled=())
     first = scheduler.next_pack()
     assert first is not None
@@ -147,10 +149,23 @@ def test_a_lost_pack_runs_again_in_the_same_company_then_is_given_up(scheduler: 
     second = scheduler.next_pack()
     assert second == Pack(id=first.id, tasks=first.tasks, attempt=2)
     assert scheduler.lost(second)
-    third = scheduler.next_pack()
-    assert third == Pack(id=first.id, tasks=first.tasks, attempt=3)
-    assert not scheduler.lost(third)
+    alone = list(packs_of(scheduler))
+    assert [specs(pack) for pack in alone] == [["t0"], ["t1"], ["t2"], ["t3"]]
+    assert {pack.attempt for pack in alone} == {3}
+    assert len({pack.id for pack in [first, *alone]}) == 5
+    assert not any(scheduler.lost(pack) for pack in alone)
     assert scheduler.next_pack() is None
+
+
+def test_a_lone_task_keeps_its_pack_through_all_attempts(scheduler: Scheduler) -> None:
+    scheduler.add([trial("t")], settled=())
+    pack = scheduler.next_pack()
+    for attempt in (2, 3):
+        assert pack is not None
+        assert scheduler.lost(pack)
+        pack = scheduler.next_pack()
+        assert pack is not None
+        assert (pack.id, pack.attempt) == (1, attempt)
 
 
 def test_what_a_lost_pack_had_finished_does_not_run_again(scheduler: Scheduler) -> None:
@@ -400,7 +415,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self._end(row.spec, with_artifact=False)
         elif rows:
             assert pack.attempt < self.max_attempts
-            self.again.append(Pack(id=pack.id, tasks=rows, attempt=pack.attempt + 1))
+            attempt = pack.attempt + 1
+            groups = [(row,) for row in rows] if attempt == self.max_attempts else [rows]
+            self.again += [Pack(id=-1, tasks=group, attempt=attempt) for group in groups]
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

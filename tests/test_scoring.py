@@ -1,5 +1,7 @@
 """Scores of logits, tokens and text, against torch, scipy, brute force and cases."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from scipy.stats import binomtest
 from torch.nn import functional
 
 from jobs.scoring.logits import kl_divergence, log_odds, log_probabilities, negative_log_likelihood
-from jobs.scoring.statistics import wilson_interval
-from jobs.scoring.text import parse_judgement, parse_letter, repeated_ngrams
+from jobs.scoring.statistics import chance_probability, wilson_interval
+from jobs.scoring.text import parse_judgement, repeated_ngrams
 
 logits_pairs = arrays.arrays(
     np.float64, st.tuples(st.just(2), st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-30, 30)
@@ -104,7 +106,7 @@ class TestRepeatedNgrams:
         assert repeated_ngrams([]) == 0
 
 
-class TestParseLetter:
+class TestParseJudgement:
     @pytest.mark.parametrize(
         ("text", "letter"),
         [
@@ -129,9 +131,8 @@ class TestParseLetter:
             ("B is right", "B"),
             ("A\nThe claim is true", "A"),
             ("A  \nB", "A"),
-            ("A claim like this is true", None),
-            ("A claim like this is true: B", "B"),
-            ("A true claim. A.", "A"),
+            ("A claim like this: B", "B"),
+            ("A guess. A.", "A"),
             ("a", None),
             ("b)", None),
             ("ABBA", None),
@@ -139,18 +140,17 @@ class TestParseLetter:
             ("Vitamin B12", None),
             ("A-level", None),
             ("A's", None),
-            ("True", None),
             ("C", None),
             ("", None),
         ],
     )
-    def test_the_letter_of_a_reply_is_the_first_that_stands_alone(
+    def test_the_first_letter_that_stands_alone_decides_by_what_it_means(
         self, text: str, letter: str | None
     ) -> None:
-        assert parse_letter(text) == letter
+        for true_letter in "AB":
+            judgement = None if letter is None else letter == true_letter
+            assert parse_judgement(text, true_letter) is judgement
 
-
-class TestParseJudgement:
     @pytest.mark.parametrize(
         ("text", "judgement"),
         [
@@ -162,19 +162,23 @@ class TestParseJudgement:
             ("TRUE", True),
             ("It is untrue", None),
             ("A claim that is false", False),
+            ("A claim like this is true: B", True),
             ("I cannot say", None),
             ("", None),
         ],
     )
-    def test_the_first_letter_or_word_decides_and_letters_depend_on_their_meaning(
-        self, text: str, judgement: bool | None
-    ) -> None:
+    def test_the_first_letter_or_word_decides(self, text: str, judgement: bool | None) -> None:
         assert parse_judgement(text, "A") is judgement
 
-    def test_letters_change_their_meaning_with_the_question_and_words_do_not(self) -> None:
-        assert parse_judgement("A", "B") is False
-        assert parse_judgement("B", "B") is True
+    def test_words_mean_the_same_in_every_question(self) -> None:
         assert parse_judgement("true", "B") is True
+        assert parse_judgement("false", "B") is False
+
+    @pytest.mark.parametrize(
+        "text", ["That is not true.", "It isn't true", "not false", "No, this is not True"]
+    )
+    def test_a_negated_word_is_no_answer(self, text: str) -> None:
+        assert parse_judgement(text, "A") is None
 
 
 class TestWilsonInterval:
@@ -188,6 +192,21 @@ class TestWilsonInterval:
         assert wilson_interval(0, 0) == (0, 1)
 
 
-@pytest.mark.parametrize("text", ["That is not true.", "It isn't true", "not false", "No, this is not True"])
-def test_a_negated_word_is_no_answer(text: str) -> None:
-    assert parse_judgement(text, "A") is None
+class TestChanceProbability:
+    @given(st.integers(1, 2000).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
+    def test_it_is_the_p_value_of_scipys_one_sided_test(self, counts: tuple[int, int]) -> None:
+        expected = binomtest(*counts, alternative="greater").pvalue
+        assert chance_probability(*counts) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+    @given(st.integers(0, 8).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
+    def test_it_is_the_share_of_all_ways_to_guess(self, counts: tuple[int, int]) -> None:
+        successes, trials = counts
+        guesses = list(itertools.product([0, 1], repeat=trials))
+        enough = [guess for guess in guesses if sum(guess) >= successes]
+        assert chance_probability(successes, trials) == len(enough) / len(guesses)
+
+    def test_the_best_of_many_guessers_passes_alone_and_not_when_corrected(self) -> None:
+        guesses = np.random.default_rng(0).binomial(60, 0.5, size=(400, 50))
+        best = np.array([chance_probability(int(each.max()), 60) for each in guesses])
+        assert (best < 0.05).mean() > 0.8
+        assert (50 * best < 0.05).mean() < 0.08

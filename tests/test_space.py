@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from jobs.errors import ModelError, SpecError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig, make_config, split_settings
-from orchestrator.folder import claim, differences, driving, identify
+from orchestrator.folder import check_free, claimed, differences, identify
+from orchestrator.planning import Planner, check_unchanged
 from orchestrator.space_file import (
     SpaceFile,
     check_space,
@@ -28,9 +29,13 @@ from orchestrator.space_file import (
     grid_cell,
     grid_size,
     load_space,
+    with_absolute_data,
     with_fixed,
 )
 from search_spaces.base import Float, Grid, Int, Objective, Space
+from storage.ledger import Asked
+from storage.lock import driver, driving
+from storage.query import read_identity
 
 ROOT = Path(__file__).parents[1]
 TOTAL = Objective(metric="total", direction="maximize")
@@ -61,6 +66,15 @@ def make_space(parameters: Mapping[str, Any] | None = None, **changes: Any) -> S
 
 def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def claim(folder: Path, file: SpaceFile, config: RunConfig) -> dict[str, Any]:
+    with claimed(folder, file, config):
+        return read_identity(folder)
+
+
+def refuse_fsync(file: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def check_line(error: BaseException, *parts: str) -> None:
@@ -206,6 +220,10 @@ UNFIT: dict[str, tuple[Space, tuple[str, ...]]] = {
         ("['xx']", "'group'", "did you mean 'x'?"),
     ),
     "a fixed parameter": (make_space(fixed={"gruop": "a"}), ("['gruop']", "did you mean 'group'?")),
+    "a column of the tables": (
+        make_space({"state": Grid([1])}, fixed={"x": 1}),
+        ("['state']", "other names"),
+    ),
     "a parameter that is needed": (make_space({"y": Grid([1.0])}), ("['x']", "needs")),
     "a type": (make_space({"x": Grid([1, 2.5])}), ("x=2.5", "float", "int")),
     "a fixed type": (make_space(fixed={"group": 3}), ("group=3", "str")),
@@ -380,13 +398,13 @@ def test_settings_are_converted_and_what_was_not_given_keeps_its_default() -> No
     assert make_config(model="a/b").model_ref.revision is None
 
 
-FILE = SpaceFile(make_space(fixed={"group": "a"}), "mine", SOURCE)
+FILE = SpaceFile(make_space(fixed={"group": "a"}), Path("mine.py"), SOURCE)
 
 
 def test_a_new_folder_is_claimed_with_the_space_and_recognised_again(tmp_path: Path) -> None:
     folder = tmp_path / "sweeps" / "one"
     identity = claim(folder, FILE, RunConfig())
-    assert sorted(files_under(folder)) == ["space.py", "sweep.json"]
+    assert sorted(files_under(folder)) == ["lock", "space.py", "sweep.json"]
     assert (folder / "space.py").read_text() == SOURCE
     before = files_under(folder)
     assert claim(folder, FILE, RunConfig()) == identity
@@ -406,6 +424,10 @@ def test_an_identity_says_what_a_reader_of_the_tables_needs() -> None:
 def test_a_sweep_whose_fixed_values_json_spells_otherwise_is_still_the_same(tmp_path: Path) -> None:
     file = FILE._replace(space=make_space(fixed={"blocks": (1, 2)}))
     assert claim(tmp_path / "one", file, RunConfig()) == claim(tmp_path / "one", file, RunConfig())
+    assert (
+        claim(tmp_path / "two", file, RunConfig())["sweep"]
+        != claim(tmp_path / "one", file, RunConfig())["sweep"]
+    )
 
 
 CHANGES: dict[str, tuple[SpaceFile, RunConfig, tuple[str, ...]]] = {
@@ -416,7 +438,7 @@ CHANGES: dict[str, tuple[SpaceFile, RunConfig, tuple[str, ...]]] = {
         ("'smollm2-135m' (now 'a/b')", "trials=None (now 3)"),
     ),
     "text": (FILE._replace(source=SOURCE + "\n"), RunConfig(), ("another space file",)),
-    "name": (FILE._replace(name="other"), RunConfig(), ("space='mine' (now 'other')",)),
+    "name": (FILE._replace(path=Path("other.py")), RunConfig(), ("space='mine' (now 'other')",)),
     "fixed": (
         FILE._replace(space=make_space(fixed={"group": "b"})),
         RunConfig(),
@@ -461,7 +483,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_as_it_is(tmp_path
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     claim(tmp_path, FILE, RunConfig())
-    assert sorted(files_under(tmp_path)) == ["space.py", "sweep.json"]
+    assert sorted(files_under(tmp_path)) == ["lock", "space.py", "sweep.json"]
 
 
 def test_a_folder_whose_driver_was_killed_while_it_was_made_is_taken(tmp_path: Path) -> None:
@@ -506,7 +528,7 @@ def test_a_claim_on_a_file_is_one_line_and_leaves_the_file(tmp_path: Path) -> No
 HOLD = """
 import sys
 from pathlib import Path
-from orchestrator.folder import driving
+from storage.lock import driving
 
 with driving(Path(sys.argv[1])):
     print("held", flush=True)
@@ -535,6 +557,136 @@ def test_a_second_driver_is_refused_and_told_who_is_the_first_until_that_one_is_
     with driving(tmp_path), pytest.raises(SpecError) as error, driving(tmp_path):
         pass
     check_line(error.value, f"process {os.getpid()}")
+
+
+def data_space(**changes: Any) -> Space:
+    parameters = {"layer": Grid([0]), "dose": Grid([0.1])}
+    return make_space(
+        parameters, job="jobs.steer", objectives=[Objective(metric="effect", direction="maximize")], **changes
+    )
+
+
+def test_paths_of_datasets_become_absolute_and_names_of_the_projects_own_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}")
+    (tmp_path / "tone_pairs").write_text("not meant")
+    fixed = {"pairs": "mine.jsonl", "choices": "tone_choices", "prompts": "nowhere.jsonl", "direction": "pca"}
+    assert with_absolute_data(data_space(fixed=fixed), tmp_path).fixed == {
+        **fixed,
+        "pairs": str(tmp_path / "mine.jsonl"),
+    }
+    varied = data_space()
+    varied = dataclasses.replace(
+        varied, parameters={**varied.parameters, "pairs": Grid(["tone_pairs", "mine.jsonl"])}
+    )
+    assert with_absolute_data(varied, tmp_path).parameters["pairs"] == Grid(
+        ["tone_pairs", str(tmp_path / "mine.jsonl")]
+    )
+
+
+def test_the_copy_of_a_space_sees_the_place_of_the_original(tmp_path: Path) -> None:
+    (tmp_path / "beside.txt").write_text("from beside")
+    text = SOURCE.replace('"numbers"', '(Path(__file__).parent / "beside.txt").read_text()')
+    (tmp_path / "mine.py").write_text("from pathlib import Path\n" + text)
+    kept = tmp_path / "kept" / "space.py"
+    kept.parent.mkdir()
+    kept.write_text((tmp_path / "mine.py").read_text())
+    found = load_space(kept, origin=tmp_path / "mine.py")
+    assert (found.space.description, found.name) == ("from beside", "mine")
+
+
+def test_a_model_folder_becomes_absolute_and_ids_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "smollm2-135m"):
+        (tmp_path / name).mkdir()
+    assert make_config(model="model").model == str(tmp_path / "model")
+    assert make_config(model="smollm2-135m").model == "smollm2-135m"
+    assert make_config(model="some/id@revision").model == "some/id@revision"
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://me:secret@host", "http://secret@host", "postgresql://me@host/runs?password=secret"]
+)
+def test_a_secret_is_not_taken_into_the_configuration(uri: str) -> None:
+    with pytest.raises(SpecError) as error:
+        make_config(mlflow=uri)
+    check_line(error.value, "MLFLOW_TRACKING_PASSWORD")
+    assert "secret" not in str(error.value)
+
+
+def test_a_store_of_runs_means_the_same_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert make_config(mlflow="sqlite:///runs.db").mlflow == f"sqlite:///{tmp_path / 'runs.db'}"
+    for uri in ("https://host", "postgresql://me@host/runs", "sqlite:////absolute.db"):
+        assert make_config(mlflow=uri).mlflow == uri
+
+
+def test_trials_that_would_mean_other_work_now_are_refused(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("one")
+    planner = Planner(data_space(fixed={"pairs": str(pairs)}), RunConfig())
+    params = {"layer": 0, "dose": 0.1}
+    asked = Asked(trial=3, params=params, spec=planner.spec(params), seen=0)
+    check_unchanged(planner, [asked])
+    older = dataclasses.replace(asked, spec=dataclasses.replace(asked.spec, code="older"))
+    with pytest.raises(SpecError) as error:
+        check_unchanged(planner, [asked, older])
+    check_line(error.value, "jobs.steer", "torch", "trial 3", "--out")
+    pairs.write_text("two")
+    with pytest.raises(SpecError) as error:
+        check_unchanged(planner, [asked])
+    check_line(error.value, str(pairs), "trial 3")
+
+
+def test_who_drives_a_folder_is_known_while_it_is_driven(tmp_path: Path) -> None:
+    assert driver(tmp_path) is None
+    with driving(tmp_path):
+        assert f"process {os.getpid()}" in (driver(tmp_path) or "")
+    assert driver(tmp_path) is None
+
+
+def test_a_lock_that_was_removed_protects_nothing_and_is_made_again(tmp_path: Path) -> None:
+    with driving(tmp_path):
+        (tmp_path / "lock").unlink()
+        with driving(tmp_path), pytest.raises(SpecError), driving(tmp_path):
+            pass
+
+
+def test_of_two_first_drivers_the_second_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "one"
+    with claimed(folder, FILE, RunConfig()):
+        before = files_under(tmp_path)
+        with pytest.raises(SpecError) as error, claimed(folder, FILE, RunConfig()):
+            pass
+        check_line(error.value, f"process {os.getpid()}")
+        with pytest.raises(SpecError) as error, claimed(folder, FILE, RunConfig(seed=1)):
+            pass
+        assert files_under(tmp_path) == before
+
+
+def test_a_folder_that_was_made_for_a_failed_claim_is_removed_with_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse_fsync)
+    with pytest.raises(SpecError) as error, claimed(tmp_path / "deep" / "one", FILE, RunConfig()):
+        pass
+    check_line(error.value, "No space left", "--out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_whether_a_folder_is_free_writes_nothing(tmp_path: Path) -> None:
+    check_free(tmp_path / "one", FILE, RunConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_fails_leaves_its_folder_claimed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), claimed(tmp_path / "one", FILE, RunConfig()):
+        raise RuntimeError
+    assert (tmp_path / "one" / "sweep.json").exists()
+    assert driver(tmp_path / "one") is None
 
 
 def test_a_driver_that_fails_lets_go_of_the_folder(tmp_path: Path) -> None:

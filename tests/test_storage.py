@@ -18,8 +18,9 @@ from hypothesis.extra import numpy as arrays
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
 from storage.artifacts import read_artifact, write_artifact
-from storage.durable import Log, publish, read_log
+from storage.durable import Log, StoreError, publish, read_log
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
+from storage.lock import driving
 from storage.parquet import read_rows, write_table
 from storage.query import open_sweep
 from storage.schema import TABLES
@@ -58,7 +59,7 @@ def test_publishing_on_a_full_disk_leaves_nothing_behind_and_the_old_file_whole(
     publish(tmp_path / "old", b"whole")
     monkeypatch.setattr(os, "fsync", refuse_fsync)
     for name in ("old", "new"):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreError, match="No space left"):
             publish(tmp_path / name, b"half")
     assert files_under(tmp_path) == {"old": b"whole"}
 
@@ -80,14 +81,14 @@ def test_a_file_that_the_system_cuts_short_is_not_published(tmp_path: Path) -> N
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from storage.durable import publish\n"
+        "from storage.durable import StoreError, publish\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "publish(Path(sys.argv[1]) / 'small', b'x' * 1000)\n"
         "try:\n"
         "    publish(Path(sys.argv[1]) / 'large', b'x' * 1001)\n"
-        "except OSError as error:\n"
-        "    sys.exit(error.errno)\n"
+        "except StoreError as error:\n"
+        "    sys.exit(error.__cause__.errno)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == errno.EFBIG
@@ -195,7 +196,7 @@ def test_a_table_on_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", refuse_fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         write_table(tmp_path, "metrics", [metric("a", 1.0)])
     assert files_under(tmp_path) == {}
 
@@ -242,7 +243,7 @@ def test_a_commit_becomes_visible_at_once_or_not_at_all(
         store.commit([part], trials=[{"trial": 1, "spec": "new"}], attempts=[{"attempt": "a", "spec": "new"}])
 
     for allowed in range(3):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StoreError, match="No space left"):
             attempt(allowed)
         for seen in (store, Store(tmp_path)):
             assert [row["spec"] for row in seen.rows("trials")] == ["old"]
@@ -340,7 +341,7 @@ def test_an_artifact_on_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", refuse_fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)})
     assert files_under(tmp_path) == {}
 
@@ -433,18 +434,27 @@ def test_trials_have_a_typed_column_for_each_parameter(sweep_folder: Path) -> No
     ]
 
 
-def test_trials_that_have_not_ended_are_waiting_or_running(sweep_folder: Path) -> None:
+def test_trials_that_have_not_ended_wait_or_run_while_their_driver_lives(sweep_folder: Path) -> None:
     sweep = open_sweep(sweep_folder)
-    states = sweep.rows("SELECT trial, state, x FROM trials ORDER BY trial")
-    assert [row["state"] for row in states] == [
-        "completed",
-        "completed",
-        "completed",
-        "infeasible",
-        "running",
-        "waiting",
-    ]
-    assert [row["x"] for row in states] == [1, 2, 3, 4, 5, 6]
+
+    def states() -> list[str]:
+        rows = sweep.rows("SELECT trial, state, x FROM trials ORDER BY trial")
+        assert [row["x"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        return [row["state"] for row in rows]
+
+    ended = ["completed", "completed", "completed", "infeasible"]
+    assert states() == [*ended, "waiting", "waiting"]
+    with driving(sweep_folder):
+        assert states() == [*ended, "running", "waiting"]
+        assert sweep.counts() == {
+            "waiting": 1,
+            "running": 1,
+            "completed": 3,
+            "infeasible": 1,
+            "failed": 0,
+        }
+        Ledger(sweep_folder).taken_over()
+        assert states() == [*ended, "waiting", "waiting"], "nobody runs what an earlier driver dispatched"
 
 
 def test_what_belongs_to_no_trial_has_a_null_trial(sweep_folder: Path) -> None:

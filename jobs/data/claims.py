@@ -1,7 +1,7 @@
-"""True and false claims, counterbalanced: every claim with the honest and the dishonest label.
+"""True and false claims as questions with two lettered choices, counterbalanced.
 
-The letter that means "true" alternates every two claims, so neither letter nor position
-tells honesty.
+True and false claims take turns, and the letter that means "true" changes every two claims, so
+neither letter nor position tells honesty.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from jobs.data.files import read_rows
 from jobs.data.pairs import Pair
 from jobs.errors import SpecError
 
+LETTERS = ("A", "B")
 _LABELS = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -45,6 +46,11 @@ class ClaimQuestion(NamedTuple):
         """Letter that means "false"."""
         return "B" if self.true_letter == "A" else "A"
 
+    @property
+    def dishonest_letter(self) -> str:
+        """Letter of the dishonest answer."""
+        return self.false_letter if self.claim.is_true else self.true_letter
+
 
 def load_claims(name: str) -> list[Claim]:
     """Claims of a dataset with the columns `statement` and `label` (1/true, 0/false).
@@ -70,7 +76,10 @@ def _unquoted(statement: str) -> str:
 
 
 def load_questions(name: str, *, extract: int, select: int, report: int) -> list[ClaimQuestion]:
-    """Questions of the three splits, half about true and half about false claims in each.
+    """Questions of the three splits, each class in the order of the file, no statement twice.
+
+    Each split holds as many true as false claims, and in both classes A means "true" as often as B does:
+    exactly so if all sizes are multiples of 4, else to within one. Of equal statements the first is taken.
 
     Args:
         name: The claims dataset.
@@ -81,9 +90,11 @@ def load_questions(name: str, *, extract: int, select: int, report: int) -> list
     Raises:
         SpecError: As `load_claims` does, or if a class has too few claims.
     """
-    claims = load_claims(name)
-    true = [claim for claim in claims if claim.is_true]
-    false = [claim for claim in claims if not claim.is_true]
+    claims: dict[str, Claim] = {}
+    for claim in load_claims(name):
+        claims.setdefault(claim.statement, claim)
+    true = [claim for claim in claims.values() if claim.is_true]
+    false = [claim for claim in claims.values() if not claim.is_true]
     alternating = [claim for both in zip(true, false, strict=False) for claim in both]
     splits = ["extract"] * extract + ["select"] * select + ["report"] * report
     if len(alternating) < len(splits):
@@ -109,8 +120,6 @@ def _question(split: str, claim: Claim, index: int) -> ClaimQuestion:
 
 def honesty_pairs(questions: list[ClaimQuestion]) -> list[tuple[str, Pair]]:
     """For each question, the honest and the dishonest letter as a contrast pair."""
-    letters = {"A": "B", "B": "A"}
     return [
-        (question.user, Pair(question.honest_letter, letters[question.honest_letter]))
-        for question in questions
+        (question.user, Pair(question.honest_letter, question.dishonest_letter)) for question in questions
     ]

@@ -20,15 +20,6 @@ _NEGATION = re.compile(r"(?:\bnot|n't)\s+$", re.IGNORECASE)
 _WORD = re.compile(r"(?<!\w)(true|false)(?!\w)", re.IGNORECASE)
 
 
-def parse_letter(text: str) -> str | None:
-    """The answer letter of a reply, A or B: the first that stands alone; None if there is none.
-
-    The article "A" counts only where it is followed by punctuation or the end of a line or reply.
-    """
-    found = _LETTER.search(text)
-    return found.group(1) if found else None
-
-
 def parse_judgement(text: str, true_letter: str) -> bool | None:
     """Whether a reply calls the claim true, by its first answer letter or word "true" or "false".
 

@@ -1,0 +1,129 @@
+"""Sweeps for the tests of the MLflow mirror, and what MLflow says of them."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from storage.mlflow_log import tracking_uri
+from storage.parquet import write_table
+from storage.store import Part, Store, StoredResult
+
+SECRET = "s3cret"
+SECRET_URI = f"http://reader:{SECRET}@127.0.0.1:1"
+STARTED = 1_700_000_000.0
+IDENTITY = {
+    "sweep": "5eed0123",
+    "space": "tone_grid",
+    "description": "Which layer changes the tone?",
+    "job": "jobs.steer",
+    "parameters": {"layer": "BIGINT", "dose": "DOUBLE", "template": "VARCHAR"},
+    "objectives": [
+        {"metric": "effect", "direction": "maximize"},
+        {"metric": "damage", "direction": "minimize"},
+    ],
+    "metrics": {"effect": {"unit": "nats", "meaning": "shift of the log-odds"}},
+    "model": {"id": "tiny", "revision": None, "dtype": "float32", "trust_remote_code": False},
+    "seed": 3,
+    "config": {"workers": 2, "sampler": "grid", "trials": 4, "model": "tiny", "mlflow": SECRET_URI},
+    "provenance": {"git_revision": "abc123", "packages": {"torch": "2.13.0", "ray": "2.60.0"}},
+}
+
+
+def make_sweep(folder: Path) -> Path:
+    """The folder of a sweep that has begun."""
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps(IDENTITY))
+    return folder
+
+
+def make_database(folder: Path) -> Path:
+    """An MLflow database with its schema; creating one takes seconds, copying it nothing."""
+    MlflowClient(tracking_uri=tracking_uri(folder)).get_experiment_by_name("none")
+    return folder / "mlflow.db"
+
+
+def commit(folder: Path, trial: int, state: str = "completed", **metrics: float) -> None:
+    """Store one trial as the driver does; a metric's name may end in the split, as in `effect__report`."""
+    spec = f"spec{trial}"
+    reason = None if state == "completed" else "text collapsed"
+    rows = []
+    for name, value in metrics.items():
+        metric, _, split = name.partition("__")
+        rows.append({"spec": spec, "split": split or "select", "name": metric, "value": value})
+    params = {"layer": 10 + trial, "dose": 0.1 * trial, "template": "a|b"}
+    started = STARTED + 10 * trial
+    Store(folder).commit(
+        [Part(files=(write_table(folder, "metrics", rows),), results=(StoredResult(spec, state, reason),))],
+        trials=[
+            {
+                "trial": trial,
+                "spec": spec,
+                "state": state,
+                "reason": reason,
+                "seconds": 4.0,
+                "finished": started + 5,
+                "params": json.dumps(params),
+            }
+        ],
+        attempts=[
+            {
+                "attempt": f"{trial}a",
+                "trial": trial,
+                "spec": spec,
+                "state": "lost",
+                "worker": "w0",
+                "started": started - 9,
+            },
+            {
+                "attempt": f"{trial}b",
+                "trial": trial,
+                "spec": spec,
+                "state": "ok",
+                "worker": "w1",
+                "started": started,
+                "finished": started + 4,
+            },
+        ],
+    )
+
+
+def runs_of(folder: Path, uri: str | None = None) -> tuple[Run, dict[int, Run]]:
+    """The sweep's run and the trials' runs; fails if a trial has two."""
+    client = MlflowClient(tracking_uri=uri or tracking_uri(folder))
+    experiment = client.get_experiment_by_name("tone_grid")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "steersweep.trial" not in run.data.tags]
+    children = {int(run.data.tags["steersweep.trial"]): run for run in runs if run is not parent}
+    assert len(children) == len(runs) - 1
+    return parent, children
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A process that serves the pages of a sweep's store, and the address that it has announced."""
+    code = (
+        "import pathlib, sys, storage.mlflow_ui as ui; "
+        "ui.serve_ui(pathlib.Path(sys.argv[1]), int(sys.argv[2]), lambda address: print(address, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(free_port())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout
+        try:
+            yield server, server.stdout.readline().strip()
+        finally:
+            server.terminate()
