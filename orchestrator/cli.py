@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,9 +186,14 @@ def _print_pareto(found: list[dict[str, Any]]) -> None:
 
 def _print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
     table = Table(*columns)
-    for row in rows:
+    for row in rows[:_MOST_ROWS]:
         table.add_row(*(_cell(row[column]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(table)
+    if len(rows) > _MOST_ROWS:
+        _say(f"... and {len(rows) - _MOST_ROWS} more rows; --format csv or json prints them all")
+
+
+_MOST_ROWS = 1000
 
 
 def _cell(value: Any) -> str:
@@ -239,6 +245,9 @@ def main() -> NoReturn:
         sys.exit(2)
     if code == 130:
         sys.stderr.write("steersweep: stopped; `steersweep resume` goes on from here\n")
+        sys.stderr.flush()
+        # A thread of MLflow's that is still writing would have DuckDB print pages while Python shuts down.
+        os._exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

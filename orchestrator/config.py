@@ -33,7 +33,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = "smollm2-135m"
+    model: str = Field("smollm2-135m", min_length=1)
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
     seed: int = Field(0, ge=0)
@@ -41,7 +41,7 @@ class RunConfig(BaseModel):
     trials: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=1)
     cpus_per_worker: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(0, ge=0, allow_inf_nan=False)
     token_budget: int = Field(8192, ge=1)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)

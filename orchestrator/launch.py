@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from rich.console import Console
 from jobs.errors import SpecError
 from orchestrator.config import RunConfig, make_config
 from orchestrator.folder import check_free, claimed
+from orchestrator.interrupts import Interrupts, stoppable
 from orchestrator.planning import Planner, check_unchanged
 from orchestrator.progress import ConsoleProgress
-from orchestrator.ray_pool import RayPool, connect
+from orchestrator.ray_pool import RayPool, connected
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, check_space, grid_size, load_space, with_absolute_data
@@ -41,13 +43,17 @@ def run_sweep(
     trials = planned_trials(file.space, config)
     folder = folder.resolve()
     check_free(folder, file, config)
-    if address is not None:
-        connect(config, address)
-    with claimed(folder, file, config):
+    with ExitStack() as stack:
+        if address is not None:
+            stack.enter_context(connected(config, address))
+        stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
         if _ended(sweep.counts()) < trials or not (folder / "report" / "index.html").is_file():
             check_unchanged(Planner(file.space, config), read_asked(folder))
-            _drive(file.space, sweep, config, trials, console)
+            if address is None:
+                stack.enter_context(connected(config, None))
+            interrupts = stack.enter_context(stoppable())
+            _drive(file.space, sweep, config, trials, console, interrupts)
     counts = sweep.counts()
     return {
         "sweep": sweep.identity["sweep"],
@@ -65,7 +71,14 @@ def _ended(counts: Mapping[str, int]) -> int:
     return sum(counts[state] for state in _ENDS)
 
 
-def _drive(space: Space, stored: StoredSweep, config: RunConfig, trials: int, console: Console) -> None:
+def _drive(
+    space: Space,
+    stored: StoredSweep,
+    config: RunConfig,
+    trials: int,
+    console: Console,
+    interrupts: Interrupts,
+) -> None:
     folder = stored.folder
     sampler = OptunaSampler(
         space,
@@ -89,6 +102,7 @@ def _drive(space: Space, stored: StoredSweep, config: RunConfig, trials: int, co
                 pool=pool,
                 progress=progress,
                 on_result=mirror.notify,
+                check_stop=interrupts.check,
             )
             sweep.run()
         is_complete = True

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,12 @@ class RayPool:
         folder: The sweep's folder, at the same path on every node.
         config: Number and size of the workers, and the model.
 
-    Uses the cluster that `connect` has reached, or starts a Ray on this machine.
+    To be used inside `connected`.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self._folder = folder
         self._config = config
-        if not ray.is_initialized():
-            connect(config)
         self._actors: dict[str, Any] = {}
         self._waiting: dict[Any, str] = {}
         self._deaths = 0
@@ -147,10 +146,9 @@ class RayPool:
         return Event(worker, "lost", reason=reason)
 
     def close(self) -> None:
-        """Let the actors go; a local Ray is stopped. Closing again does nothing."""
+        """Let the actors go. Closing again does nothing."""
         while self._actors:
             ray.kill(self._actors.popitem()[1])
-        ray.shutdown()
 
 
 def _last_line(error: Exception) -> str:
@@ -158,8 +156,9 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def connect(config: RunConfig, address: str | None = None) -> None:
-    """Reach a running cluster, or start a Ray on this machine that is as large as the workers need.
+@contextmanager
+def connected(config: RunConfig, address: str | None) -> Iterator[None]:
+    """Inside the block there is a Ray: a running cluster, or one of its own as large as the workers need.
 
     Args:
         config: Number and size of the workers.
@@ -172,14 +171,17 @@ def connect(config: RunConfig, address: str | None = None) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
-        return
-    if address != "auto":
+        common |= {"num_cpus": cpus, "include_dashboard": False}
+    elif address != "auto":
         _check_listening(address)
     try:
-        ray.init(address=address, **common)
+        ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 _ADDRESS_HINT = (

@@ -16,6 +16,7 @@ from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Pack, Scheduler, Task, pack_limit
 from search_spaces.base import Space
+from storage.durable import StoreError, remove_staging
 from storage.ledger import Asked, Ledger, read_asked
 from storage.store import Part, Store, StoredResult
 
@@ -52,6 +53,7 @@ class Sweep:
         pool: Who runs.
         progress: Who is told how it stands.
         on_result: Called after each trial that has ended.
+        check_stop: Called between events; what it raises ends the run.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Sweep:
         pool: Pool,
         progress: Progress,
         on_result: Callable[[], None],
+        check_stop: Callable[[], None],
     ) -> None:
+        self._check_stop = check_stop
         self._config = config
         self._trials = trials
         self._sampler = sampler
@@ -98,6 +102,7 @@ class Sweep:
             for event in self._pool.events(_POLL_SECONDS):
                 self._handle(event)
             self._show()
+            self._check_stop()
         self._show()
         return self._tally
 
@@ -109,14 +114,17 @@ class Sweep:
 
     def _take_up(self) -> None:
         """Go on where an earlier driver of the folder was stopped."""
-        self._ledger.taken_over()
+        remove_staging(self._store.folder)
         asked = read_asked(self._store.folder)
+        ended = {row["trial"]: row for row in self._store.rows("trials")}
+        if lost := sorted(ended.keys() - {trial.trial for trial in asked}):
+            raise StoreError(f"the ledger in {self._store.folder} lacks trials that have ended: {lost[:10]}")
+        self._ledger.taken_over()
         adopted = [
             self._record(proposal) for proposal in self._sampler.adopt([trial.trial for trial in asked])
         ]
         if adopted:
             self._ledger.asked(adopted)
-        ended = {row["trial"]: row for row in self._store.rows("trials")}
         for trial in asked:
             if trial.trial in ended:
                 self._results.recall(ended[trial.trial])

@@ -118,8 +118,14 @@ class Space:
     trials: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.job, str) or not all(self.job.split(".")):
+            raise ValueError(
+                f"job={self.job!r}; it takes the import path of a job module, such as 'jobs.steer'"
+            )
         if not self.parameters:
             raise ValueError("parameters is empty; name at least one parameter to vary")
+        if unnamed := [name for name in (*self.parameters, *self.fixed) if not isinstance(name, str)]:
+            raise ValueError(f"{unnamed} in parameters or fixed; the job's parameters are named by texts")
         if wrong := {name: value for name, value in self.parameters.items() if not isinstance(value, Domain)}:
             raise ValueError(
                 f"parameters {wrong}: each takes Float(low=, high=), Int(low=, high=) or Grid([...])"
@@ -128,6 +134,11 @@ class Space:
             raise ValueError(f"sampler={self.sampler!r}; it takes one of {list(get_args(Sampler))}")
         if not self.objectives:
             raise ValueError("objectives is empty; name at least one metric and its direction")
+        if not all(isinstance(objective, Objective) for objective in self.objectives):
+            raise ValueError(f"objectives={self.objectives!r}; each is an Objective(metric=, direction=)")
+        metrics = [objective.metric for objective in self.objectives]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"objectives {metrics}: each metric once")
         if both := sorted(set(self.parameters) & set(self.fixed)):
             raise ValueError(f"{both} are both parameters and fixed; keep one of them")
         if self.trials is not None and self.trials < 1:

@@ -84,3 +84,10 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(whole)
             file.flush()
             os.fsync(file.fileno())
+
+
+def remove_staging(folder: Path) -> None:
+    """Remove what writers that died have left half-written anywhere in a folder."""
+    for path in folder.rglob(".*.????????"):
+        if path.is_file():
+            path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec import Spec
-from storage.durable import Log, read_log
+from storage.durable import Log, StoreError, read_log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def ledger_path(folder: Path) -> Path:
 
 
 def read_asked(folder: Path) -> list[Asked]:
-    """All proposals of a sweep, in order."""
+    """All proposals of a sweep, in order. Raises StoreError if the ledger is not what was written."""
     return [
         Asked(
             trial=event["trial"],
@@ -78,17 +78,23 @@ def read_asked(folder: Path) -> list[Asked]:
             seen=event["seen"],
             fixed=tuple(event["fixed"]),
         )
-        for event in read_log(ledger_path(folder))
-        if event["event"] == "asked"
+        for event in _events(folder, "asked")
     ]
 
 
 def read_dispatched(folder: Path) -> set[str]:
-    """Ids of the specs that the latest driver has given to a worker."""
+    """Ids of the specs that the latest driver has given to a worker. Raises as `read_asked` does."""
     dispatched: set[str] = set()
-    for event in read_log(ledger_path(folder)):
+    for event in _events(folder, "taken over", "dispatched"):
         if event["event"] == "taken over":
             dispatched.clear()
-        elif event["event"] == "dispatched":
-            dispatched.update(event["specs"])
+        dispatched.update(event.get("specs", ()))
     return dispatched
+
+
+def _events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    path = ledger_path(folder)
+    events = list(read_log(path))
+    if wrong := [event for event in events if not isinstance(event, dict) or "event" not in event]:
+        raise StoreError(f"{path} is not what was written: {str(wrong[0])[:60]} is no event")
+    return [event for event in events if event["event"] in kinds]

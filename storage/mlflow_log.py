@@ -67,8 +67,11 @@ class _Runs(NamedTuple):
 
 def tracking_uri(folder: Path) -> str:
     """URI of a sweep's own MLflow store: `mlflow.db` in its folder, artifacts beside it in `mlartifacts`."""
-    path = str(folder.resolve() / "mlflow.db")
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+    return _sqlite(folder.resolve() / "mlflow.db")
+
+
+def _sqlite(path: Path) -> str:
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 class Mirror:
@@ -162,12 +165,23 @@ class Mirror:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        if _database(self._uri):
-            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-            # The client would have the experiment "Default" keep its artifacts in the current directory.
-            SqlAlchemyStore(self._uri, self._artifact_location())  # type: ignore[no-untyped-call]
+        database = _database(self._uri)
+        if database is not None and not database.exists():
+            self._create(database)
         return MlflowClient(tracking_uri=self._uri)
+
+    def _create(self, database: Path) -> None:
+        """Make a store whole or not at all: MLflow cannot go on with one whose making was cut short.
+
+        The client would make one too, but have its experiment "Default" keep its artifacts in the
+        current directory.
+        """
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        staging = database.with_name(f".{database.name}.new")
+        staging.unlink(missing_ok=True)
+        SqlAlchemyStore(_sqlite(staging), self._artifact_location())  # type: ignore[no-untyped-call]
+        staging.replace(database)
 
     def _artifact_location(self) -> str | None:
         if self._uri.startswith("http"):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.durable import publish
+from storage.durable import StoreError, publish
 from storage.schema import SCHEMA_VERSION, TABLES, Column
 
 _TYPES = {
@@ -93,9 +93,13 @@ def _cell(value: Any, column: Column) -> Any:
 
 
 def read_rows(folder: Path, table: str, files: Iterable[TableFile]) -> list[dict[str, Any]]:
-    """All rows of the listed files of one table."""
+    """All rows of the listed files of one table. Raises StoreError if one is not what was written."""
     rows: list[dict[str, Any]] = []
     for file in files:
         if file.table == table:
-            rows += pq.read_table(folder / file.path, schema=arrow_schema(table)).to_pylist()
+            try:
+                rows += pq.read_table(folder / file.path, schema=arrow_schema(table)).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                why = " ".join(str(error).split())
+                raise StoreError(f"{folder / file.path} is not what was written: {why}") from error
     return rows

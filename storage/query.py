@@ -47,7 +47,12 @@ class StoredSweep:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
         """
         with duckdb.connect(":memory:") as connection:
-            self._define_views(connection)
+            try:
+                self._define_views(connection)
+            except duckdb.Error as error:
+                raise StoreError(
+                    f"the tables of {self.folder} cannot be read: {str(error).splitlines()[0]}"
+                ) from error
             try:
                 statements = connection.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -164,7 +169,13 @@ def read_identity(folder: Path) -> dict[str, Any]:
             f"{folder} holds no sweep: there is no sweep.json; give the folder named by `run --out`"
         )
     try:
-        identity: dict[str, Any] = json.loads(path.read_bytes())
+        identity = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is not what was written: {error}") from error
+    if not isinstance(identity, dict) or (missing := _IDENTITY - identity.keys()):
+        what = f"it lacks {sorted(missing)}" if isinstance(identity, dict) else "it holds no object"
+        raise StoreError(f"{path} is not what was written: {what}")
     return identity
+
+
+_IDENTITY = {"sweep", "parameters", "objectives"}

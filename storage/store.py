@@ -36,16 +36,16 @@ class Store:
     Attributes:
         folder: The sweep's folder.
 
+        results: Spec -> its result.
+
     Raises:
-        StoreError: If an entry of the manifest cannot be read.
+        StoreError: If an entry of the manifest, or a file that one lists, is gone or not what was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries = [_read_entry(path) for path in manifest_entries(folder)]
-        self.results = {
-            result["spec"]: StoredResult(**result) for entry in self._entries for result in entry["results"]
-        }
+        self._parts = [_read_entry(folder, path) for path in manifest_entries(folder)]
+        self.results = {result.spec: result for part in self._parts for result in part.results}
 
     def commit(self, parts: Iterable[Part], **tables: Sequence[Mapping[str, Any]]) -> None:
         """Make parts and the driver's own rows visible, all at once.
@@ -72,35 +72,38 @@ class Store:
             "files": [file._asdict() for file in files],
             "results": [result._asdict() for result in results],
         }
-        path = manifest_folder(self.folder) / f"{len(self._entries):08d}.json"
-        publish(path, json.dumps(entry, indent=1).encode())
-        self._entries.append(entry)
+        publish(_entry_path(self.folder, len(self._parts)), json.dumps(entry, indent=1).encode())
+        self._parts.append(Part(tuple(files), tuple(results)))
         self.results.update({result.spec: result for result in results})
 
     def files(self, table: str) -> list[TableFile]:
         """The listed files of one table."""
-        return [
-            TableFile(**file) for entry in self._entries for file in entry["files"] if file["table"] == table
-        ]
+        return [file for part in self._parts for file in part.files if file.table == table]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All visible rows of one table."""
         return read_rows(self.folder, table, self.files(table))
 
 
-def _read_entry(path: Path) -> dict[str, Any]:
+def _read_entry(folder: Path, path: Path) -> Part:
     try:
-        entry: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{path} is not what was written: {error}") from error
-    return entry
-
-
-def manifest_folder(folder: Path) -> Path:
-    """Where a sweep's manifest entries are."""
-    return folder / "manifest"
+        entry = json.loads(path.read_bytes())
+        files = tuple(TableFile(**file) for file in entry["files"])
+        results = tuple(StoredResult(**result) for result in entry["results"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is gone or not what was written: {error!r}") from error
+    for file in files:
+        found = folder / file.path
+        if not found.is_file() or found.stat().st_size != file.bytes:
+            raise StoreError(f"{found} is gone or not what was written, {file.bytes} bytes")
+    return Part(files, results)
 
 
 def manifest_entries(folder: Path) -> list[Path]:
-    """Manifest entries, oldest first."""
-    return sorted(manifest_folder(folder).glob("*.json"))
+    """Files of the manifest's entries, oldest first; up to the newest there is, none is left out."""
+    newest = max((int(path.stem) for path in (folder / "manifest").glob("[0-9]*.json")), default=-1)
+    return [_entry_path(folder, number) for number in range(newest + 1)]
+
+
+def _entry_path(folder: Path, number: int) -> Path:
+    return folder / "manifest" / f"{number:08d}.json"

@@ -178,6 +178,28 @@ def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
     assert results(folder) == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_asked_to_stop_says_how_to_go_on_and_leaves_no_process(
+    finished: dict[str, Any], place: Path, number: signal.Signals
+) -> None:
+    out = f"stopped-{number}"
+    command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, out))]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: "dispatched" in ledger(place / out), driver)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(number)
+    output, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 130, errors
+    assert errors.splitlines()[-1] == "steersweep: stopped; `steersweep resume` goes on from here"
+    assert "Traceback" not in errors
+    assert output == ""
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    done = steersweep("status", place / out, "--json")
+    assert json.loads(done.stdout)["driver"] is None
+    assert json.loads(done.stdout)["running"] == 0
+
+
 def test_a_killed_worker_is_replaced_and_its_pack_runs_again(finished: dict[str, Any], place: Path) -> None:
     command = [
         sys.executable,

@@ -73,11 +73,11 @@ class TestFiles:
             (
                 "a.jsonl",
                 '{"a": "1", "b": "2"}\n\n{"a": "1"}',
-                r"a.jsonl, line 3: no ['b']; each row needs ['a', 'b']",
+                r"a.jsonl, line 3: 'b' is absent or empty; each row needs ['a', 'b']",
             ),
-            ("a.jsonl", '{"a": "", "b": null}', "a.jsonl, line 1: no ['a', 'b']"),
-            ("a.csv", "a,b\n1,2\n3\n", "a.csv, line 3: no ['b']"),
-            ("a.csv", "a,c\n1,2\n", "a.csv, line 2: no ['b']"),
+            ("a.jsonl", '{"a": "", "b": null}', "a.jsonl, line 1: 'a' is absent or empty"),
+            ("a.csv", "a,b\n1,2\n3\n", "a.csv, line 3: 'b' is absent or empty"),
+            ("a.csv", "a,c\n1,2\n", "a.csv, line 2: 'b' is absent or empty"),
             (
                 "a.jsonl",
                 '{"a": "1", "b": "2"}\n{"a": "1", "b": \n',
@@ -156,7 +156,7 @@ class TestClaims:
         assert [claim.statement for claim in found] == ["Ice is cold.", *statements[1:]]
 
     def test_a_csv_without_labels_is_refused(self, written: Write) -> None:
-        with pytest.raises(SpecError, match=re.escape("claims.csv, line 2: no ['label']")):
+        with pytest.raises(SpecError, match=re.escape("claims.csv, line 2: 'label' is absent or empty")):
             load_claims(written("claims.csv", "statement\nIce is cold.\n"))
 
     def test_a_wrong_label_is_refused_with_those_that_exist(self, written: Write) -> None:

@@ -196,9 +196,9 @@ class TestJobContract:
             (
                 "jobs.extract",
                 {"source": "claims", "pairs": "tone_pairs", "count": 9},
-                "no ['statement', 'label']",
+                "'statement' is absent or empty",
             ),
-            ("jobs.steer", {"pairs": "claims"}, "no ['positive', 'negative']"),
+            ("jobs.steer", {"pairs": "claims"}, "'positive' is absent or empty"),
             ("jobs.steer", {"choices_report": 1000}, "1000 are asked for"),
             ("jobs.steer", {"prompts": "absent"}, "no dataset 'absent'"),
             ("jobs.honesty", {"claims_extract": 1000}, "1000 + 60 + 60 are asked for"),

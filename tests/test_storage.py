@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis.extra import numpy as arrays
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
 from storage.artifacts import read_artifact, write_artifact
-from storage.durable import Log, StoreError, publish, read_log
+from storage.durable import Log, StoreError, publish, read_log, remove_staging
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
 from storage.lock import driving
 from storage.parquet import read_rows, write_table
@@ -611,6 +612,63 @@ def test_a_query_does_not_see_python_variables_of_its_caller(sweep_folder: Path)
     with pytest.raises(SpecError, match="hidden"):
         sweep.query("SELECT * FROM hidden")
     assert hidden.num_rows == 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def garble(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : -1] = b"\xff" * (len(content) - len(content) // 2 - 1)
+    path.write_bytes(content)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def empty_object(path: Path) -> None:
+    path.write_text("{}\n")
+
+
+def list_of_numbers(path: Path) -> None:
+    path.write_text("[1]\n")
+
+
+@pytest.mark.parametrize("damage", [cut, garble, delete, empty_object, list_of_numbers])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "sweep.json",
+        "manifest/00000000.json",
+        "ledger.jsonl",
+        "tables/trials/*.parquet",
+        "tables/metrics/*.parquet",
+    ],
+)
+def test_a_sweep_whose_files_were_damaged_says_which_in_one_line(
+    sweep_folder: Path, pattern: str, damage: Callable[[Path], None]
+) -> None:
+    if pattern == "ledger.jsonl" and damage in (cut, delete):
+        pytest.skip("a torn last line is mended, and a ledger that is not there yet is empty")
+    path = sorted(sweep_folder.glob(pattern))[0]
+    damage(path)
+    with pytest.raises((StoreError, SpecError)) as error:
+        open_sweep(sweep_folder).rows("SELECT * FROM trials JOIN metrics USING (spec)")
+    assert path.name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_dead_writers_have_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".hidden", "tables/metrics/a.parquet", "manifest/00000000.json", ".mlflow.db.new"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("kept")
+    before = files_under(tmp_path)
+    for name in (".sweep.json.0a1b2c3d", "tables/metrics/.a.parquet.0a1b2c3d"):
+        (tmp_path / name).write_text("half")
+    remove_staging(tmp_path)
+    assert files_under(tmp_path) == before
 
 
 def test_a_folder_without_a_sweep_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,13 +21,14 @@ from jobs.spec import Status
 from orchestrator import worker as worker_module
 from orchestrator.config import RunConfig
 from orchestrator.folder import claimed
+from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
 from search_spaces.base import Float, Grid, Int, Objective, Space
 from storage.durable import StoreError
-from storage.ledger import read_asked
+from storage.ledger import ledger_path, read_asked
 from storage.pareto import pareto
 from storage.query import open_sweep
 from storage.store import Store
@@ -74,6 +76,7 @@ def drive(
     max_pack: int = 4,
     sampler: str | None = None,
     on_result: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     pool: InlinePool | None = None,
     **pool_options: Any,
 ) -> Driven:
@@ -88,6 +91,7 @@ def drive(
         sampler=open_sampler(folder, space, sampler),
         pool=pool,
         progress=SilentProgress(),
+        check_stop=check_stop,
         on_result=on_result,
     )
     return Driven(sweep.run(), pool)
@@ -538,7 +542,10 @@ def test_a_result_is_stored_before_the_sampler_is_told(
 def test_everyone_who_listens_hears_of_every_trial(tmp_path: Path) -> None:
     heard: list[int] = []
     drive(
-        tmp_path, make_space(), trials=12, on_result=lambda: heard.append(len(Store(tmp_path).rows("trials")))
+        tmp_path,
+        make_space(),
+        trials=12,
+        on_result=lambda: heard.append(len(Store(tmp_path).rows("trials"))),
     )
     assert len(heard) == 12
     assert heard == sorted(heard)
@@ -730,3 +737,36 @@ def test_a_driver_killed_at_any_write_leaves_a_sweep_that_goes_on(
         if driver.exitcode == 0:
             break
     assert last > 3 * trials, "the sweep ended before it was killed"
+
+
+def test_a_ledger_that_was_lost_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2])})
+    drive(tmp_path, space, trials=2)
+    ledger_path(tmp_path).unlink()
+    with pytest.raises(StoreError, match=r"lacks trials that have ended: \[0, 1\]"):
+        drive(tmp_path, space, trials=2)
+
+
+def test_a_request_to_stop_that_a_library_swallows_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable() as interrupts:
+        interrupts.check()
+        with suppress(KeyboardInterrupt):  # as a callback of a library would
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_sweep_that_is_asked_to_stop_stops_and_goes_on_later(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2, 3, 4])})
+
+    def stop() -> None:
+        if Store(tmp_path).rows("trials"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drive(tmp_path, space, trials=4, check_stop=stop)
+    assert 0 < len(Store(tmp_path).rows("trials")) < 4
+    drive(tmp_path, space, trials=4)
+    check_ended(tmp_path, space, trials=4)

@@ -59,7 +59,7 @@ def load_claims(name: str) -> list[Claim]:
         SpecError: As `read_rows` does, or if a label is neither true nor false, or a class is absent.
     """
     claims = []
-    for number, row in enumerate(read_rows(name, ("statement", "label")), start=1):
+    for number, row in enumerate(read_rows(name, ["statement"], ["label"]), start=1):
         label = _LABELS.get(str(row["label"]).strip().lower())
         if label is None:
             raise SpecError(f"{name}, claim {number}: label {row['label']!r}; it takes 1, true, 0 or false")

@@ -10,26 +10,41 @@ from jobs.errors import SpecError
 from jobs.resolve import locate_data
 
 
-def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a dataset, each with at least `columns`.
+def read_rows(name: str, texts: Sequence[str], labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a dataset.
 
     Args:
         name: One of the project's own datasets or a path to a `.jsonl` or `.csv` file.
-        columns: Names that every row must have.
+        texts: Columns in which every row must have a text.
+        labels: Columns in which every row must have a text, a whole number or a truth value.
 
     Raises:
-        SpecError: If the file is missing, empty, of another kind, or a row lacks a column.
+        SpecError: If the file is missing, empty, of another kind, or a row lacks what it must have.
     """
     path = locate_data(name)
+    columns = [*texts, *labels]
     rows = []
     for line, row in _parse(path):
-        missing = [column for column in columns if row.get(column) in (None, "")]
-        if missing:
-            raise SpecError(f"{path.name}, line {line}: no {missing}; each row needs {list(columns)}")
+        for column in columns:
+            if why := _flaw(row.get(column), (str, int) if column in labels else (str,)):
+                raise SpecError(f"{path.name}, line {line}: {column!r} {why}; each row needs {columns}")
         rows.append(dict(row))
     if not rows:
-        raise SpecError(f"{path.name} holds no rows; it needs at least one row with {list(columns)}")
+        raise SpecError(f"{path.name} holds no rows; it needs at least one row with {columns}")
     return rows
+
+
+def _flaw(value: Any, types: tuple[type, ...]) -> str | None:
+    """What is wrong with a cell; None if nothing is."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "is absent or empty"
+    if not isinstance(value, types):
+        return f"is {str(value)[:40]!r}, a {type(value).__name__}"
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which is no character"
+    return None
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -54,9 +69,10 @@ def _parse_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
             raise SpecError(
-                f"{path.name}, line {line}: not JSON ({error.msg}); write one object a line"
+                f"{path.name}, line {line}: not JSON ({what}); write one object a line"
             ) from error
         if not isinstance(row, dict):
             raise SpecError(
