@@ -219,7 +219,7 @@ def read_tables(panel: Panel, reading: Reading) -> dict[str, list[dict[str, Any]
         {
             "split": choice.split,
             "item": index,
-            "prompt": f"{choice.user} {choice.answer}",
+            "prompt": f"{choice.user} {choice.answer}{choice.positive} /{choice.negative}",
             "name": name,
             "value": value,
         }

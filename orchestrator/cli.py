@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ from typer.exceptions import TyperException
 from jobs import catalog
 from jobs.errors import ModelError, OutOfMemory, SpecError, SteersweepError
 from storage.durable import StoreError
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+    from orchestrator.space_file import SpaceFile
 
 app = typer.Typer(
     help="Sweeps of activation steering: which layer, which dose, which direction, at what cost.",
@@ -37,7 +41,9 @@ Address = Annotated[
 def run(
     space: Annotated[Path, typer.Argument(help="A space file, such as search_spaces/tone_grid.py.")],
     out: Annotated[Path, typer.Option(help="Folder for all that the sweep keeps; the same call resumes it.")],
-    trials: Annotated[int | None, typer.Option(help="Number of trials; a grid needs none.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Number of trials; a grid needs none, and takes its first N cells.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Replicas, each in a Ray actor of its own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler and of every row.")] = None,
     settings: Annotated[
@@ -49,7 +55,6 @@ def run(
 ) -> None:
     """Run a sweep, or go on with one."""
     from orchestrator.config import make_config, split_settings
-    from orchestrator.launch import run_sweep
     from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
@@ -58,19 +63,42 @@ def run(
     config = make_config(**{**fields, **given})
     file = load_space(space)
     file = file._replace(space=with_absolute_data(with_fixed(file.space, fixed), Path.cwd()))
-    _finish(run_sweep(file, out, config, address=address, console=Console(stderr=True)), out, as_json)
+    _drive(file, config, out, address, as_json)
 
 
 @app.command()
-def resume(folder: Folder, address: Address = None, as_json: Json = False) -> None:
+def resume(
+    folder: Folder,
+    workers: Annotated[int | None, typer.Option(help="Replicas from now on.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value: gpus_per_worker, cpus_per_worker, max_attempts from now on."),
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a sweep that was stopped, with the space and configuration it was started with."""
-    from orchestrator.launch import load_kept, run_sweep
+    from orchestrator.config import split_settings
+    from orchestrator.launch import load_kept
 
-    file, config = load_kept(folder)
-    _finish(run_sweep(file, folder, config, address=address, console=Console(stderr=True)), folder, as_json)
+    fields, fixed = split_settings(settings or [])
+    if fixed:
+        raise SpecError(f"--set space.{next(iter(fixed))}: a sweep keeps its space; start another with `run`")
+    changes = fields if workers is None else {**fields, "workers": workers}
+    file, config = load_kept(folder, **changes)
+    _drive(file, config, folder, address, as_json)
 
 
-def _finish(summary: dict[str, Any], folder: Path, as_json: bool) -> NoReturn:
+def _drive(
+    file: "SpaceFile", config: "RunConfig", folder: Path, address: str | None, as_json: bool
+) -> NoReturn:
+    from orchestrator.launch import run_sweep
+
+    try:
+        summary = run_sweep(file, folder, config, address=address, console=Console(stderr=True))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"steersweep: stopped; `steersweep resume {folder}` goes on from here\n")
+        raise
     if as_json:
         _print_json(summary)
     else:
@@ -91,7 +119,12 @@ def status(folder: Folder, as_json: Json = False) -> None:
 
     sweep = open_sweep(folder)
     failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
-    summary = {"sweep": sweep.identity["sweep"], **sweep.counts(), "driver": driver(folder)}
+    summary = {
+        "sweep": sweep.identity["sweep"],
+        "trials": sweep.identity.get("trials"),
+        **sweep.counts(),
+        "driver": driver(folder),
+    }
     if as_json:
         _print_json({**summary, "failures": failures})
         return
@@ -118,7 +151,10 @@ def pareto(folder: Folder, as_json: Json = False) -> None:
 def query(
     folder: Folder,
     sql: Annotated[
-        str, typer.Argument(help="One SELECT over trials, attempts, metrics, items, completions, vectors.")
+        str,
+        typer.Argument(
+            help="One SELECT over trials, attempts, metrics, items, completions, vectors, artifacts."
+        ),
     ],
     output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
@@ -237,18 +273,20 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except (SteersweepError, OSError) as error:
         sys.stderr.write(f"steersweep: {error}{_advice(error)}\n")
-        sys.exit(_exit_code(error))
+        _leave(_exit_code(error))
     except typer.Abort:
         code = 130
     except TyperException as error:
         sys.stderr.write(f"steersweep: {error.format_message()}\n")
         sys.exit(2)
-    if code == 130:
-        sys.stderr.write("steersweep: stopped; `steersweep resume` goes on from here\n")
-        sys.stderr.flush()
-        # A thread of MLflow's that is still writing would have DuckDB print pages while Python shuts down.
-        os._exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: while Python ends by itself, DuckDB prints pages if a thread of MLflow's still writes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _advice(error: SteersweepError | OSError) -> str:

@@ -186,11 +186,13 @@ def curves_figure(
     panels: Sequence[Plot],
     measures: tuple[Measure, Measure | None],
     theme: Theme,
+    *,
+    is_joined: bool = True,
 ) -> Figure:
     """Metrics below one another over the same parameter, one line for each value of another parameter.
 
     Points are means of the trials that share both parameters; a point of one trial shows its interval.
-    Where the common parameter takes many values, as a sampler chooses them, points are not joined.
+    Where the common parameter takes many values points are not joined.
 
     Args:
         x: Parameter on the common axis, shape (trials,).
@@ -198,6 +200,7 @@ def curves_figure(
         panels: The metrics.
         measures: What x and the lines are.
         theme: Colours.
+        is_joined: Whether neighbours may be joined by a line.
     """
     row, names = _cells(np.zeros(len(x)) if lines is None else lines, MOST_ROWS)
     figure = new_figure(8.8, 0.9 + 2.5 * len(panels), theme)
@@ -222,7 +225,7 @@ def curves_figure(
                 marker=_MARKERS[index % len(_MARKERS)] if len(names) <= _MOST_IN_LEGEND else "o",
                 ms=4.5,
                 lw=1.5,
-                ls="-" if len(np.unique(x)) <= MOST_COLUMNS else "",
+                ls="-" if is_joined and len(np.unique(x)) <= MOST_COLUMNS else "",
                 elinewidth=0.9,
                 capsize=2.5,
                 label=name,

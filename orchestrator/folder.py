@@ -12,6 +12,7 @@ from typing import Any
 from jobs.errors import SpecError
 from jobs.resolve import load_job
 from orchestrator.config import RunConfig
+from orchestrator.planning import planned_trials
 from orchestrator.provenance import provenance
 from orchestrator.space_file import SpaceFile, column_types
 from storage.durable import StoreError, publish
@@ -19,6 +20,8 @@ from storage.lock import driver, driving
 from storage.query import read_identity
 
 _STARTED_WITH = ("space", "source", "fixed", "config")
+_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "max_attempts")
+"""Fields of the configuration that say who computes, and nothing of what."""
 
 
 def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
         "parameters": column_types(space),
         "objectives": [dataclasses.asdict(objective) for objective in space.objectives],
         "metrics": {name: metric._asdict() for name, metric in load_job(space.job).METRICS.items()},
+        "trials": planned_trials(space, config),
         "model": dataclasses.asdict(config.model_ref),
         "seed": config.seed,
         "provenance": provenance(),
@@ -122,7 +126,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     for name in _STARTED_WITH:
         if name == "config":
             old, new = found["config"], wanted["config"]
-            parts += [f"{key}={old.get(key)!r} (now {new[key]!r})" for key in new if old.get(key) != new[key]]
+            parts += [
+                f"{key}={old.get(key)!r} (now {new[key]!r})"
+                for key in new
+                if old.get(key) != new[key] and key not in _MAY_CHANGE
+            ]
         elif found[name] != wanted[name]:
             parts.append(
                 "another space file" if name == "source" else f"{name}={found[name]!r} (now {wanted[name]!r})"

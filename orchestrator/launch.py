@@ -2,23 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from jobs.errors import SpecError
 from orchestrator.config import RunConfig, make_config
 from orchestrator.folder import check_free, claimed
 from orchestrator.interrupts import Interrupts, stoppable
-from orchestrator.planning import Planner, check_unchanged
+from orchestrator.planning import Planner, check_unchanged, planned_trials
 from orchestrator.progress import ConsoleProgress
 from orchestrator.ray_pool import RayPool, connected
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
-from orchestrator.space_file import SpaceFile, check_space, grid_size, load_space, with_absolute_data
+from orchestrator.space_file import SpaceFile, check_space, load_space, with_absolute_data
 from orchestrator.sweep import Sweep
 from search_spaces.base import Space
 from storage.background_mirror import BackgroundMirror
@@ -43,15 +41,15 @@ def run_sweep(
     trials = planned_trials(file.space, config)
     folder = folder.resolve()
     check_free(folder, file, config)
+    is_over = _is_over(folder, trials)
+    if not is_over:
+        check_unchanged(Planner(file.space, config), read_asked(folder))
     with ExitStack() as stack:
-        if address is not None:
+        if not is_over:
             stack.enter_context(connected(config, address))
         stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
-        if _ended(sweep.counts()) < trials or not (folder / "report" / "index.html").is_file():
-            check_unchanged(Planner(file.space, config), read_asked(folder))
-            if address is None:
-                stack.enter_context(connected(config, None))
+        if not is_over:
             interrupts = stack.enter_context(stoppable())
             _drive(file.space, sweep, config, trials, console, interrupts)
     counts = sweep.counts()
@@ -67,8 +65,12 @@ def run_sweep(
 _ENDS = ("completed", "infeasible", "failed")
 
 
-def _ended(counts: Mapping[str, int]) -> int:
-    return sum(counts[state] for state in _ENDS)
+def _is_over(folder: Path, trials: int) -> bool:
+    """Whether all trials of a folder's sweep have ended and its report is there."""
+    if not (folder / "report" / "index.html").is_file():
+        return False
+    counts = open_sweep(folder).counts()
+    return sum(counts[state] for state in _ENDS) >= trials
 
 
 def _drive(
@@ -114,25 +116,18 @@ def _drive(
         mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
 
 
-def planned_trials(space: Space, config: RunConfig) -> int:
-    """Number of trials that the sweep will have had in the end.
+def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
+    """The space and configuration that a folder's sweep was started with.
+
+    Args:
+        folder: The sweep's folder.
+        changes: Fields of the configuration to take instead.
 
     Raises:
-        SpecError: If a sampler that never ends was given no number.
+        SpecError: If the folder holds no sweep, or a change is no field.
     """
-    wanted = config.trials or space.trials
-    if (config.sampler or space.sampler) == "grid":
-        size = grid_size(space)
-        return size if wanted is None else min(size, wanted)
-    if wanted is None:
-        raise SpecError(f"sampler {config.sampler!r} needs a number of trials; give --trials N")
-    return wanted
-
-
-def load_kept(folder: Path) -> tuple[SpaceFile, RunConfig]:
-    """The space and configuration that a folder's sweep was started with. Raises SpecError if it has none."""
     identity = read_identity(folder)
     file = load_space(folder / "space.py", origin=Path(identity["space_file"]))
     space = dataclasses.replace(file.space, fixed=identity["fixed"])
     space = with_absolute_data(space, Path(identity["directory"]))
-    return file._replace(space=space), make_config(**identity["config"])
+    return file._replace(space=space), make_config(**identity["config"] | changes)

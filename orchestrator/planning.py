@@ -9,6 +9,7 @@ from jobs.resolve import load_job, make_params, make_spec
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
 from orchestrator.scheduler import Task
+from orchestrator.space_file import grid_size
 from search_spaces.base import Space
 from storage.ledger import Asked
 
@@ -72,3 +73,18 @@ def make_task(spec: Spec, needs: Mapping[str, Spec], *, is_trial: bool) -> Task:
         needs=frozenset(need.id for need in needs.values()),
         is_trial=is_trial,
     )
+
+
+def planned_trials(space: Space, config: RunConfig) -> int:
+    """Number of trials that the sweep will have had in the end.
+
+    Raises:
+        SpecError: If a sampler that never ends was given no number.
+    """
+    wanted = config.trials or space.trials
+    if (config.sampler or space.sampler) == "grid":
+        size = grid_size(space)
+        return size if wanted is None else min(size, wanted)
+    if wanted is None:
+        raise SpecError(f"sampler {config.sampler!r} needs a number of trials; give --trials N")
+    return wanted

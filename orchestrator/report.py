@@ -91,8 +91,10 @@ def write_report(folder: Path) -> Path:
         states=Counter(row["state"] for row in found.trials.values()),
         images=drawn,
         axes=_axes(found),
+        others=_others(found),
         comparisons=_comparisons(sweep, found),
-        items=sweep.rows("SELECT split, count(DISTINCT item) AS number FROM items GROUP BY split"),
+        items=_sizes(sweep, "items"),
+        replies=_sizes(sweep, "completions"),
         attempts=_failed_attempts(sweep),
         elapsed=sweep.rows("SELECT max(finished) - min(started) AS seconds FROM attempts")[0]["seconds"],
     )
@@ -133,10 +135,20 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "select")
     return np.array([row[split].get(name) for row in rows], dtype=float)
 
 
+def _distinct(found: Findings) -> dict[str, set[Any]]:
+    """Parameter -> values that completed trials have."""
+    params = [row["params"] for row in found.scored.values()]
+    return {name: {row[name] for row in params} - {None} for name in found.identity["parameters"]}
+
+
+def _others(found: Findings) -> list[str]:
+    """Parameters that vary and are no axis of the figures, which show means over them."""
+    return [name for name, values in _distinct(found).items() if len(values) > 1 and name not in _axes(found)]
+
+
 def _axes(found: Findings) -> tuple[str | None, str | None]:
     """Parameters of the figures: the one along the x axis and the one that tells lines and rows apart."""
-    params = [row["params"] for row in found.scored.values()]
-    distinct = {name: {row[name] for row in params} - {None} for name in found.identity["parameters"]}
+    distinct = _distinct(found)
     numeric = {name: values for name, values in distinct.items() if values and all(map(_is_number, values))}
     if {"layer", "dose"} <= numeric.keys():
         return "dose", "layer"
@@ -210,7 +222,12 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
     across, lines = _column(rows, x, "params"), _column(rows, y, "params") if y else None
     alt = f"Curves of {', '.join(names)} over {x}" + (f", a colour for each {y}." if y else ".")
     measures = (_parameter(x), _parameter(y) if y else None)
-    return alt, lambda theme: figures.curves_figure(across, lines, panels, measures, theme)
+    # A line through values that a sampler drew, or through a mixture of other parameters, would mislead.
+    is_grid = lines is None or 2 * len(np.unique(across)) <= len(across)
+    is_joined = is_grid and not _others(found)
+    return alt, lambda theme: figures.curves_figure(
+        across, lines, panels, measures, theme, is_joined=is_joined
+    )
 
 
 def _parameter(name: str) -> Measure:
@@ -265,11 +282,13 @@ def _worth_reading(found: Findings) -> dict[int, str]:
     moved = [row for row in found.front if row["params"].get("dose") != 0]
     places = np.linspace(0, len(moved) - 1, min(SHOWN_OF_FRONT, len(moved))).round().astype(int)
     chosen = {moved[place]["trial"]: "on the front" for place in places}
-    if not moved:
+    steered = moved or [row for row in found.scored.values() if row["params"].get("dose") != 0]
+    if not steered:
         return chosen
     # Front rows stand best first, and Counter keeps that order among equals.
-    [(layer, _)] = Counter(row["params"].get("layer") for row in moved).most_common(1)
-    where = "" if layer is None else f" at layer {layer}, which has most trials on the front"
+    [(layer, _)] = Counter(row["params"].get("layer") for row in steered).most_common(1)
+    where = "" if layer is None else f" at layer {layer}"
+    where += ", which has most trials on the front" if where and moved else ""
     there = [row for row in found.scored.values() if row["params"].get("layer") == layer]
     doses = [(row["params"].get("dose"), row["trial"]) for row in there]
     doses = [(dose, trial) for dose, trial in doses if _is_number(dose)]
@@ -279,6 +298,12 @@ def _worth_reading(found: Findings) -> dict[int, str]:
             told = f"{chosen[trial]}; " if trial in chosen else ""
             chosen[trial] = f"{told}strongest {sign} dose{where}"
     return chosen
+
+
+def _sizes(sweep: StoredSweep, table: str) -> dict[str, int]:
+    """Split -> number of prompts in a table."""
+    rows = sweep.rows(f"SELECT split, count(DISTINCT item) AS number FROM {table} GROUP BY split")
+    return {row["split"]: row["number"] for row in sorted(rows, key=lambda row: row["split"], reverse=True)}
 
 
 def _failed_attempts(sweep: StoredSweep) -> list[Record]:

@@ -154,7 +154,9 @@ class Mirror:
     def _find_experiment(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            return self._client.create_experiment(name, self._artifact_location())
+            # Without the tag MLflow's pages open on traces of conversations, which a sweep has none of.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return self._client.create_experiment(name, self._artifact_location(), tags)
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
@@ -226,7 +228,8 @@ def _sweep_params(identity: Mapping[str, Any]) -> dict[str, Any]:
     model = {("model" if name == "id" else name): value for name, value in identity["model"].items()}
     # A URI may hold a password.
     config = {name: value for name, value in identity["config"].items() if name != "mlflow"}
-    return {"job": identity["job"], **model, "seed": identity["seed"], **config, **model}
+    first = {"job": identity["job"], **identity.get("fixed", {}), **model, "seed": identity["seed"]}
+    return first | config | model
 
 
 def _log_summary(client: "MlflowClient", sweep: StoredSweep, parent: "Run") -> float:

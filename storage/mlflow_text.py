@@ -13,7 +13,7 @@ _MAX_NOTE_CHARACTERS = 5000  # old servers refuse more
 def run_name(trial: int, params: Mapping[str, Any]) -> str:
     """A trial's name: its number and its parameters."""
     shown = (f"{name}={_shown(value)}" for name, value in params.items())
-    return cut(" ".join([f"trial {trial}:", *shown]), _MAX_NAME_CHARACTERS)
+    return cut(" ".join([f"{trial}:", *shown]), _MAX_NAME_CHARACTERS)
 
 
 def note(sweep: StoredSweep) -> str:

@@ -85,20 +85,21 @@ class StoredSweep:
         listed = ", ".join(_quoted(path) for table in TABLES for path in paths[table])
         connection.execute(f"SET allowed_paths = [{listed}]")
         connection.execute("SET enable_external_access = false")
+        connection.execute("CREATE SCHEMA stored")
         for table, columns in TABLES.items():
             _define_stored(connection, table, columns, paths[table])
         self._define_trials(connection, store)
-        connection.execute("CREATE VIEW attempts AS SELECT * FROM stored_attempts ORDER BY started, attempt")
+        connection.execute("CREATE VIEW attempts AS SELECT * FROM stored.attempts ORDER BY started, attempt")
         for table in RESULT_TABLES:
             connection.execute(
-                f"CREATE VIEW {table} AS SELECT trials.trial, stored.* "
-                f"FROM stored_{table} stored LEFT JOIN trials USING (spec)"
+                f"CREATE VIEW {table} AS SELECT trials.trial, kept.* "
+                f"FROM stored.{table} AS kept LEFT JOIN trials USING (spec)"
             )
         connection.execute("SET lock_configuration = true")
 
     def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
         columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
-        connection.execute(f"CREATE TABLE open_trials ({columns})")
+        connection.execute(f"CREATE TABLE stored.open_trials ({columns})")
         finished = {row["trial"] for row in store.rows("trials")}
         dispatched = read_dispatched(self.folder) if driver(self.folder) else set()
         waiting = [
@@ -116,14 +117,14 @@ class StoredSweep:
             if asked.trial not in finished
         ]
         if waiting:
-            connection.executemany("INSERT INTO open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
+            connection.executemany("INSERT INTO stored.open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
         parameters = "".join(
             f", CAST({_json_field('params', name)} AS {sql_type}) AS {_identifier(name)}"
             for name, sql_type in self.identity["parameters"].items()
         )
         connection.execute(
             f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
-            "FROM (SELECT * FROM stored_trials UNION ALL SELECT * FROM open_trials) ORDER BY trial"
+            "FROM (SELECT * FROM stored.trials UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
         )
 
 
@@ -132,10 +133,10 @@ def _define_stored(
 ) -> None:
     if paths:
         listed = ", ".join(_quoted(path) for path in paths)
-        connection.execute(f"CREATE VIEW stored_{table} AS SELECT * FROM read_parquet([{listed}])")
+        connection.execute(f"CREATE VIEW stored.{table} AS SELECT * FROM read_parquet([{listed}])")
     else:
         typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in columns)
-        connection.execute(f"CREATE TABLE stored_{table} ({typed})")
+        connection.execute(f"CREATE TABLE stored.{table} ({typed})")
 
 
 def _json_field(column: str, name: str) -> str:

@@ -43,7 +43,7 @@ def test_a_trial_becomes_a_run_with_its_parameters_metrics_tags_and_times(folder
     assert Mirror(folder).sync() == 1
     parent, children = runs_of(folder)
     run = children[2]
-    assert run.info.run_name == "trial 2: layer=12 dose=0.2 template=a|b"
+    assert run.info.run_name == "2: layer=12 dose=0.2 template=a|b"
     assert run.data.params == {"layer": "12", "dose": "0.2", "template": "a|b"}
     assert run.data.metrics == {"effect": 1.5, "effect_report": 1.25, "margin_extract": 7.0}
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
