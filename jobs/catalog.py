@@ -63,10 +63,11 @@ def count_layers(model: ModelRef) -> int | None:
         path = _download_config(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        sections = (config, config.get("text_config", {}))
+        stated = [section.get(key) for section in sections for key in _LAYER_KEYS]
+        return next((int(number) for number in stated if number is not None), None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot read the configuration of model {model.id!r}: {error}") from error
-    stated = [section.get(key) for section in (config, config.get("text_config", {})) for key in _LAYER_KEYS]
-    return next((int(number) for number in stated if number is not None), None)
 
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

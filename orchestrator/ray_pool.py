@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from jobs.errors import ModelError, SpecError, SteersweepError
@@ -172,8 +175,11 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
     if address is None:
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
         common |= {"num_cpus": cpus, "include_dashboard": False}
-    elif address != "auto":
-        _check_listening(address)
+    else:
+        # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        if address != "auto":
+            _check_listening(address)
     try:
         ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -203,13 +209,23 @@ _ADDRESS_HINT = (
 
 
 def _check_listening(address: str) -> None:
-    """Ray itself would wait for minutes where nothing listens."""
+    """Ray itself would wait for minutes where nothing listens, or another program does."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
-            return
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.sendall(_HTTP2_GREETING)
+            answer = connection.recv(_HTTP2_FRAME_HEADER_BYTES)
     except (OSError, ValueError) as error:
         raise SpecError(f"no Ray cluster answers at {address!r} ({error}); {_ADDRESS_HINT}") from error
+    if len(answer) < _HTTP2_FRAME_HEADER_BYTES or answer[3] != _HTTP2_SETTINGS:
+        raise SpecError(f"what answers at {address!r} is no Ray head; {_ADDRESS_HINT}")
+
+
+# A Ray head speaks gRPC, and a gRPC server answers this greeting with a frame of settings (RFC 9113, 3.4).
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_FRAME_HEADER_BYTES = 9
+_HTTP2_SETTINGS = 4
 
 
 def _first_line(error: Exception) -> str:

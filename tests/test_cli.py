@@ -7,8 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +193,9 @@ def test_a_driver_that_is_asked_to_stop_says_how_to_go_on_and_leaves_no_process(
     driver.send_signal(number)
     output, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors
-    assert errors.splitlines()[-1] == "steersweep: stopped; `steersweep resume` goes on from here"
+    assert (
+        errors.splitlines()[-1] == f"steersweep: stopped; `steersweep resume {place / out}` goes on from here"
+    )
     assert "Traceback" not in errors
     assert output == ""
     _, alive = psutil.wait_procs(children, timeout=30)
@@ -272,6 +277,62 @@ def test_a_ray_address_that_does_not_answer_is_one_clear_line(place: Path, busy_
         port = free.getsockname()[1]
     line = refused(*run_arguments(place, "nowhere"), "--address", f"127.0.0.1:{port}")
     assert f"127.0.0.1:{port}" in line
+    assert not (place / "nowhere").exists()
+
+
+@pytest.fixture
+def ray_head() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [
+        "start",
+        "--head",
+        "--port",
+        str(port),
+        "--num-cpus",
+        "2",
+        "--include-dashboard",
+        "false",
+        "--block",
+    ]
+    head = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), *start],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert head.stdout is not None
+    assert any("Ray runtime started" in line for line in head.stdout)
+    children = psutil.Process(head.pid).children(recursive=True)
+    yield f"127.0.0.1:{port}"
+    for process in (head, *children):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
+
+
+def test_a_sweep_runs_on_a_cluster_that_is_there_already(
+    finished: dict[str, Any], place: Path, ray_head: str
+) -> None:
+    done = steersweep(*run_arguments(place, "cluster"), "--address", ray_head)
+    assert done.returncode == 0, done.stderr
+    assert results(place / "cluster") == results(place / "finished")
+
+
+def test_another_program_at_a_ray_address_is_one_clear_line(place: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        line = refused(*run_arguments(place, "nowhere"), "--address", address)
+        server.shutdown()
+    assert f"'{address}' is no Ray head" in line
+    assert not (place / "nowhere").exists()
+
+
+def test_more_gpus_than_there_are_is_one_clear_line(place: Path) -> None:
+    line = refused(*run_arguments(place, "nowhere"), "--set", "gpus_per_worker=64")
+    assert "gpus_per_worker=64" in line
     assert not (place / "nowhere").exists()
 
 

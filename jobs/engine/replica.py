@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -214,13 +213,13 @@ def load_replica(ref: ModelRef, *, device: str = "cpu", token_budget: int = 8192
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[ref.dtype], **arguments)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a broken file makes it stumble over
         raise ModelError(_not_found(ref, source, error)) from error
     return Replica(model.to(device), tokenizer, token_budget=token_budget)
 
 
 def _not_found(ref: ModelRef, source: str, error: Exception) -> str:
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    first_line = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     revision = f" at revision {ref.revision!r}" if ref.revision else ""
     kind = "folder" if Path(source).is_dir() else "model"
     return (
