@@ -187,8 +187,13 @@ def ui(
     from storage.mlflow_ui import serve_ui
     from storage.query import open_sweep
 
+    def announce(address: str) -> None:
+        _say(f"MLflow on {address} (Ctrl-C stops it)")
+        # Its first page is about conversations with agents. Experiment 0 is MLflow's own, 1 the sweep's.
+        _say(f"this sweep's runs: {address}/#/experiments/1/runs?workflowType=machine_learning")
+
     open_sweep(folder)
-    serve_ui(folder, port, announce=lambda address: _say(f"MLflow on {address} (Ctrl-C stops it)"))
+    serve_ui(folder, port, announce)
 
 
 @models.command("add")

@@ -154,9 +154,7 @@ class Mirror:
     def _find_experiment(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            # Without the tag MLflow's pages open on traces of conversations, which a sweep has none of.
-            tags = {"mlflow.experimentKind": "custom_model_development"}
-            return self._client.create_experiment(name, self._artifact_location(), tags)
+            return self._client.create_experiment(name, self._artifact_location())
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return experiment.experiment_id
