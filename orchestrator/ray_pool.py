@@ -176,10 +176,11 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
         common |= {"num_cpus": cpus, "include_dashboard": False}
     else:
-        # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         if address != "auto":
             _check_listening(address)
+        # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
