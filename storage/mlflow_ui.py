@@ -31,7 +31,9 @@ def serve_ui(folder: Path, port: int, announce: Callable[[str], object]) -> None
             f"{folder} has no mlflow.db; give the folder of a sweep that has begun and keeps its runs there"
         )
     _check_port(port)
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    # A script's background processes ignore SIGINT, and `nohup` ignores SIGHUP: only the latter is meant.
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    signals = [signal.SIGINT, signal.SIGTERM, *hangup]
     handlers = [signal.signal(number, signal.default_int_handler) for number in signals]
     # In a session of its own the server is spared the terminal's Ctrl-C, and can be ended with its children.
     server = subprocess.Popen(
