@@ -17,8 +17,9 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jobs.engine.interventions import Add
     from jobs.engine.replica import Replica
-    from jobs.engine.steering import Addition, RowTables
+    from jobs.engine.tables import RowTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +68,14 @@ class Answers(NamedTuple):
     Attributes:
         first_NV: Log-probabilities of each answer's first token, nats, float32 or wider, on the CPU.
         texts: The written answers.
+        finite: Whether all logits were finite.
     """
 
     first_NV: "Tensor"
     texts: Sequence[str]
+    finite: bool
 
 
-_BATCHES_TOGETHER = 4
-"""Batches that a group of rows fills: the last, partly filled one then costs little."""
 _SHARE = "share of claims"
 METRICS = {
     "accuracy": Metric(_SHARE, "honest letter more likely than the other by logits; 0.5 is chance"),
@@ -156,7 +157,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """
     import torch
 
-    from jobs.engine.steering import row_tables
+    from jobs.engine.tables import row_tables
 
     questions = [question for question in _questions(rows[0].params) if question.split != "extract"]
     letters = [_letter_token(replica, letter) for letter in LETTERS]
@@ -164,8 +165,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     steered = [row.params for row in rows if row.params.dose != 0]
     before = context.artifact(_unsteered(steered[0]))["log_probabilities"] if steered else None
     reference_NV = None if before is None else torch.tensor(before)
-    for index, answers in _answers(replica, questions, tables, rows):
-        if not answers.first_NV.isfinite().all():
+    for index, answers in _answers(replica, questions, tables, rows[0].params.max_new_tokens):
+        if not answers.finite:
             reason = "the model's logits are not finite; use a smaller dose, or a wider dtype"
             yield index, Outcome(status=Status.FAILED, reason=reason)
         elif reference_NV is None or rows[index].params.dose == 0:
@@ -182,50 +183,33 @@ def _letter_token(replica: "Replica", letter: str) -> int:
     return tokens[0]
 
 
-def _additions(context: Context, params: Params) -> "list[Addition]":
-    from jobs.engine.steering import Addition
+def _additions(context: Context, params: Params) -> "list[Add]":
+    from jobs.engine.interventions import Add
 
     if params.dose == 0:
         return []
     direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
-    return [Addition(layer=params.layer, vector=direction * multiplier)]
+    return [Add(layer=params.layer, vector=direction * multiplier)]
 
 
 def _answers(
-    replica: "Replica", questions: Sequence[ClaimQuestion], tables: "RowTables", rows: Sequence[Row]
+    replica: "Replica", questions: Sequence[ClaimQuestion], tables: "RowTables", max_new_tokens: int
 ) -> Iterator[tuple[int, Answers]]:
-    """Each row's answers, a group of rows at a time, as soon as the group is finished."""
-    prompts = [replica.encode_chat(question.user) for question in questions]
-    max_new_tokens = rows[0].params.max_new_tokens
-    tokens_a_row = sum(len(prompt) + max_new_tokens for prompt in prompts)
-    together = max(1, _BATCHES_TOGETHER * replica.token_budget // tokens_a_row)
-    for start in range(0, len(rows), together):
-        group = range(len(rows))[start : start + together]
-        yield from zip(group, _answer_group(replica, prompts, tables, group, max_new_tokens), strict=True)
-
-
-def _answer_group(
-    replica: "Replica", prompts: Sequence[list[int]], tables: "RowTables", group: range, max_new_tokens: int
-) -> list[Answers]:
+    """Each row's answers, as soon as the row's last one is finished."""
     import torch
 
-    from jobs.engine.batches import micro_batches
-    from jobs.engine.generate import greedy
+    from jobs.engine.decoding import Decoding, Work, generate
+    from jobs.engine.groups import in_parts
     from jobs.scoring.logits import log_probabilities
 
-    work = [(row, claim) for row in group for claim in range(len(prompts))]
-    lengths = [len(prompts[claim]) + max_new_tokens for _, claim in work]
-    found: list[tuple[int, Tensor, str]] = []
-    for batch in micro_batches(lengths, replica.token_budget):
-        asked = [prompts[work[index][1]] for index in batch]
-        deltas = tables.take([work[index][0] for index in batch])
-        replies = greedy(replica, asked, deltas, max_new_tokens=max_new_tokens)
-        texts = map(replica.decode, replies.tokens)
-        found += zip(batch, log_probabilities(replies.first_logits).cpu(), texts, strict=True)
-    order, first, text = zip(*sorted(found, key=lambda answer: answer[0]), strict=True)
-    assert order == tuple(range(len(work))), f"{len(work)} claims and {len(order)} answers, one for each"
-    rows = [slice(start, start + len(prompts)) for start in range(0, len(work), len(prompts))]
-    return [Answers(torch.stack(first[row]), text[row]) for row in rows]
+    prompts = [replica.encode_chat(question.user) for question in questions]
+    work = [Work(prompt, row) for row in range(tables.rows) for prompt in range(len(prompts))]
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+    found = generate(replica, prompts, tables, work, decoding)
+    for row, replies in in_parts(found, len(prompts)):
+        first_NV = torch.stack([log_probabilities(reply.first_logits_V).cpu() for reply in replies])
+        texts = [replica.decode(reply.tokens) for reply in replies]
+        yield row, Answers(first_NV, texts, all(reply.finite for reply in replies))
 
 
 def _outcome(

@@ -4,7 +4,6 @@ The unsteered baseline and the steered job read the same panel of prompts with t
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from jobs.data.prompts import Choice, OpenPrompt
-from jobs.engine.batches import micro_batches
-from jobs.engine.generate import greedy
+from jobs.engine.decoding import Continuation, Decoding, Work, generate
+from jobs.engine.groups import in_parts, next_token
+from jobs.engine.memory import in_batches
 from jobs.engine.replica import Replica
-from jobs.engine.sharing import LowerLayers, resumed
-from jobs.engine.steering import RowTables, steered
+from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
 from jobs.scoring import logits, text
 
@@ -46,11 +45,13 @@ class Reading(NamedTuple):
         log_odds_N: Positive over negative continuation a choice, nats, shape (choices,), float64.
         kl_N: KL(unsteered || steered) of the next token a choice, nats, shape (choices,), float64.
         completions: Replies to the open prompts.
+        finite: Whether all logits were finite; a reply ends before the first that were not.
     """
 
     log_odds_N: np.ndarray
     kl_N: np.ndarray
     completions: list[Completion]
+    finite: bool
 
 
 class Panel:
@@ -71,7 +72,6 @@ class Panel:
         self._choice_ids = [
             replica.encode(f"Question: {choice.user}\nAnswer: {choice.answer}") for choice in choices
         ]
-        self._lower = LowerLayers(replica, self._choice_ids)
         self._prompt_ids = [replica.encode_chat(prompt.prompt) for prompt in prompts]
         self._positive = torch.tensor([self._single_token(choice.positive) for choice in choices])
         self._negative = torch.tensor([self._single_token(choice.negative) for choice in choices])
@@ -84,116 +84,68 @@ class Panel:
             )
         return tokens[0]
 
-    def tokens_a_row(self) -> int:
-        """Tokens, without padding, that one configuration costs."""
-        prompts = sum(len(ids) + self.max_new_tokens for ids in self._prompt_ids)
-        return sum(len(ids) for ids in self._choice_ids) + prompts
-
-    @torch.inference_mode()
     def unsteered(self) -> Tensor:
         """Log-probabilities of the next token after each choice, shape (choices, vocabulary)."""
-        return self._next_token(RowTables({}), [0])[0]
+        return self._next_token(row_tables(self.replica, [[]]), 0)
 
-    def read(self, tables: RowTables, rows: int, reference_NV: Tensor) -> Iterator[tuple[int, Reading]]:
-        """Readings of every row, a few rows at a time, each as soon as it is finished.
+    def read(self, tables: RowTables, reference_NV: Tensor) -> Iterator[tuple[int, Reading]]:
+        """Readings of every row, each as soon as it is finished.
 
         Args:
-            tables: What each row adds where.
-            rows: Number of rows.
+            tables: What each row does where.
             reference_NV: What `unsteered` returned, float32 or wider.
         """
-        together = max(1, self.replica.token_budget // self.tokens_a_row())
-        for start in range(0, rows, together):
-            group = list(range(start, min(start + together, rows)))
-            yield from zip(group, self._read_group(tables, group, reference_NV), strict=True)
+        for row, replies in self._complete(tables):
+            found_NV = self._next_token(tables, row)
+            log_odds_N = logits.log_odds(found_NV, self._positive, self._negative)
+            kl_N = logits.kl_divergence(reference_NV, found_NV)
+            finite = bool(found_NV.isfinite().all()) and all(reply.finite for reply in replies)
+            completions = self._scored([reply.tokens for reply in replies])
+            yield row, Reading(log_odds_N.double().numpy(), kl_N.double().numpy(), completions, finite)
 
-    @torch.inference_mode()
-    def _read_group(self, tables: RowTables, group: list[int], reference_NV: Tensor) -> list[Reading]:
-        odds, divergences = [], []
-        for log_probabilities_NV in self._next_token(tables, group):
-            odds.append(logits.log_odds(log_probabilities_NV, self._positive, self._negative))
-            divergences.append(logits.kl_divergence(reference_NV, log_probabilities_NV))
-        completions = self._complete(tables, group)
+    def _next_token(self, tables: RowTables, row: int) -> Tensor:
+        """Log-probabilities of the next token, shape (choices, vocabulary), on the CPU."""
+        work = [(choice, row) for choice in range(len(self.choices))]
+        found = dict(next_token(self.replica, self._choice_ids, tables, work))
+        return torch.stack([logits.log_probabilities(found[choice]).cpu() for choice in range(len(work))])
+
+    def _complete(self, tables: RowTables) -> Iterator[tuple[int, list[Continuation]]]:
+        """Replies of every row, each row as soon as its last reply is finished."""
+        number = len(self.prompts)
+        work = [Work(prompt, row) for row in range(tables.rows) for prompt in range(number)]
+        decoding = Decoding(max_new_tokens=self.max_new_tokens)
+        found = generate(self.replica, self._prompt_ids, tables, work, decoding)
+        return in_parts(found, number)
+
+    def _scored(self, replies: Sequence[list[int]]) -> list[Completion]:
+        """The replies to all prompts in their order, with their scores."""
+        nll = self._nll(self._prompt_ids, replies)
         return [
-            Reading(log_odds_N.double().numpy(), kl_N.double().numpy(), replies)
-            for log_odds_N, kl_N, replies in zip(odds, divergences, completions, strict=True)
+            Completion(prompt, tokens, self.replica.decode(tokens), score, text.repeated_ngrams(tokens))
+            for prompt, tokens, score in zip(self.prompts, replies, nll, strict=True)
         ]
 
-    def _next_token(self, tables: RowTables, group: Sequence[int]) -> Tensor:
-        """Log-probabilities of the next token, shape (rows of the group, choices, vocabulary)."""
-        work = [(place, choice) for place in range(len(group)) for choice in range(len(self.choices))]
-        result: Tensor | None = None
-        for layer, members in self._by_lowest_layer(tables, group, work):
-            for batch in micro_batches(
-                [len(self._choice_ids[work[i][1]]) for i in members], self.replica.token_budget
-            ):
-                chosen = [members[place] for place in batch]
-                found_SV = self._pass(
-                    tables, layer, [group[work[i][0]] for i in chosen], [work[i][1] for i in chosen]
-                )
-                if result is None:
-                    result = found_SV.new_empty((len(work), found_SV.shape[-1]))
-                result[chosen] = found_SV
-        assert result is not None
-        by_row: Tensor = result.unflatten(0, (len(group), len(self.choices)))
-        return by_row
-
-    def _by_lowest_layer(
-        self, tables: RowTables, group: Sequence[int], work: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int | None, list[int]]]:
-        """Indices of the work by the lowest steered layer: only those can begin at the same block."""
-        lowest = [tables.lowest(row) if self._lower.fits else None for row in group]
-        for layer in dict.fromkeys(lowest):
-            yield layer, [index for index, (place, _) in enumerate(work) if lowest[place] == layer]
-
-    def _pass(
-        self, tables: RowTables, layer: int | None, rows: Sequence[int], choices: Sequence[int]
-    ) -> Tensor:
-        """Log-probabilities after each choice, begun after block `layer`, or at the first block if None."""
-        begun = (
-            nullcontext() if layer is None else resumed(self.replica, layer, self._lower.at(layer, choices))
-        )
-        with begun, steered(self.replica, tables.take(rows)):
-            found = self.replica.logits([self._choice_ids[choice] for choice in choices], keep=1)
-        return logits.log_probabilities(found[:, -1]).cpu()
-
-    def _complete(self, tables: RowTables, group: Sequence[int]) -> list[list[Completion]]:
-        work = [(row, place) for row in group for place in range(len(self.prompts))]
-        lengths = [len(self._prompt_ids[place]) + self.max_new_tokens for _, place in work]
-        tokens: list[list[int]] = [[] for _ in work]
-        for batch in micro_batches(lengths, self.replica.token_budget):
-            prompts = [self._prompt_ids[work[index][1]] for index in batch]
-            deltas = tables.take([work[index][0] for index in batch])
-            found = greedy(self.replica, prompts, deltas, max_new_tokens=self.max_new_tokens)
-            for index, completion in zip(batch, found.tokens, strict=True):
-                tokens[index] = completion
-        nll = self._nll([self._prompt_ids[place] for _, place in work], tokens)
-        by_row: dict[int, list[Completion]] = {row: [] for row in group}
-        for index, (row, place) in enumerate(work):
-            by_row[row].append(
-                Completion(
-                    self.prompts[place],
-                    tokens[index],
-                    self.replica.decode(tokens[index]),
-                    nll[index],
-                    text.repeated_ngrams(tokens[index]),
-                )
-            )
-        return [by_row[row] for row in group]
-
+    @torch.inference_mode()
     def _nll(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
         """Mean -ln p of each completion under the unsteered model; NaN where it is empty."""
-        scores = [float("nan")] * len(prompts)
         filled = [index for index, tokens in enumerate(completions) if tokens]
         sequences = [prompts[index] + completions[index] for index in filled]
-        for batch in micro_batches([len(sequence) for sequence in sequences], self.replica.token_budget):
-            longest = max(len(completions[filled[place]]) for place in batch)
-            found = self.replica.logits([sequences[place] for place in batch], keep=longest + 1)
-            for logits_TV, place in zip(found, batch, strict=True):
-                tokens = torch.tensor(completions[filled[place]], device=logits_TV.device)
-                predicting = logits_TV[-len(tokens) - 1 : -1]
-                scores[filled[place]] = float(logits.negative_log_likelihood(predicting, tokens))
-        return scores
+
+        def score(batch: list[int]) -> list[float]:
+            new = [completions[filled[place]] for place in batch]
+            found = self.replica.logits([sequences[place] for place in batch], keep=max(map(len, new)) + 1)
+            return [
+                float(
+                    logits.negative_log_likelihood(
+                        logits_TV[-len(tokens) - 1 : -1], torch.tensor(tokens, device=found.device)
+                    )
+                )
+                for logits_TV, tokens in zip(found, new, strict=True)
+            ]
+
+        lengths = [len(sequence) for sequence in sequences]
+        scores = dict(zip(filled, in_batches(self.replica, lengths, score), strict=True))
+        return [scores.get(index, float("nan")) for index in range(len(completions))]
 
 
 def split_means(panel: Panel, reading: Reading) -> dict[str, dict[str, float]]:

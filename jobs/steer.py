@@ -16,8 +16,8 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 if TYPE_CHECKING:
     import numpy as np
 
+    from jobs.engine.interventions import Add
     from jobs.engine.replica import Replica
-    from jobs.engine.steering import Addition
     from jobs.readout import Panel, Reading
 
 
@@ -148,7 +148,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """
     import torch
 
-    from jobs.engine.steering import row_tables
+    from jobs.engine.tables import row_tables
 
     panel = _panel(replica, rows[0].params)
     steered = [index for index, row in enumerate(rows) if row.params.dose != 0]
@@ -158,7 +158,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     )
     before = context.artifact(_unsteered(rows[steered[0]].params)) if steered else None
     reference = torch.tensor(before["log_probabilities"]) if before is not None else panel.unsteered()
-    for index, reading in panel.read(tables, len(rows), reference):
+    for index, reading in panel.read(tables, reference):
         if index in additions and before is not None:
             yield index, _steered_outcome(panel, reading, rows[index].params, additions[index], before)
         else:
@@ -176,11 +176,11 @@ def _panel(replica: "Replica", params: Params) -> "Panel":
     )
 
 
-def _addition(context: Context, params: Params) -> "Addition":
-    from jobs.engine.steering import Addition
+def _addition(context: Context, params: Params) -> "Add":
+    from jobs.engine.interventions import Add
 
     direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
-    return Addition(layer=params.layer, vector=direction * multiplier)
+    return Add(layer=params.layer, vector=direction * multiplier)
 
 
 def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "np.ndarray") -> Outcome:
@@ -203,14 +203,14 @@ def _steered_outcome(
     panel: "Panel",
     reading: "Reading",
     params: Params,
-    addition: "Addition",
+    addition: "Add",
     before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
     import numpy as np
 
     from jobs.readout import read_tables, split_means
 
-    if not np.isfinite(reading.log_odds_N).all():
+    if not reading.finite:
         return Outcome(
             status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
         )

@@ -35,7 +35,7 @@ IMPORTERS = {
     "pyarrow": {"storage.parquet", "storage.query"},
     "duckdb": {"storage.query"},
     "moocore": {"storage.pareto"},
-    "transformers": {"jobs.engine.replica", "jobs.engine.generate", "jobs.catalog"},
+    "transformers": {"jobs.engine.replica", "jobs.engine.cache", "jobs.catalog"},
 }
 NOT_FOR_JOBS = ("ray", "optuna", "mlflow", "pyarrow", "duckdb")
 

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from jobs.engine.batches import micro_batches
 from jobs.engine.blocks import find_blocks
 from jobs.engine.capture import capture_last
-from jobs.engine.generate import greedy
+from jobs.engine.decoding import Decoding, Work, generate
+from jobs.engine.interventions import Add
+from jobs.engine.memory import in_batches, micro_batches
+from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica, load_replica
-from jobs.engine.steering import Addition, recorded, row_tables, steered
-from jobs.errors import ModelError, SpecError
+from jobs.engine.tables import RowTables, Steering, row_tables, steered
+from jobs.errors import ModelError, OutOfMemory, SpecError
 from jobs.spec import ModelRef
 from tests.models import (
     ARCHITECTURES,
@@ -200,19 +202,61 @@ class TestCapture:
             capture_last(tiny_replica("llama"), [[5, 6], [7]], offset=2)
 
 
+class TestInBatches:
+    def test_each_gets_what_was_found_for_it_whatever_fits_at_once(self) -> None:
+        replica = tiny_replica("llama")
+        replica.token_budget = 20
+        lengths = [7, 3, 9, 30, 1, 1, 4]
+        assert in_batches(replica, lengths, lambda batch: [lengths[index] for index in batch]) == lengths
+
+    def test_where_memory_runs_out_the_batch_is_halved_and_the_budget_stays_so(self) -> None:
+        replica = tiny_replica("llama")
+        replica.token_budget = 64
+        sizes = []
+
+        def run(batch: list[int]) -> list[int]:
+            sizes.append(len(batch))
+            if len(batch) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return batch
+
+        assert in_batches(replica, [4] * 10, run) == list(range(10))
+        assert sizes == [10, 8, 4, 2, 2, 2, 2, 2]
+        assert replica.token_budget == 8
+
+    def test_a_single_row_that_does_not_fit_says_so_and_leaves_the_budgets(self) -> None:
+        replica = tiny_replica("llama")
+        before = replica.token_budget, replica.memory
+
+        def run(batch: list[int]) -> list[int]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+        with pytest.raises(OutOfMemory, match="single row"):
+            in_batches(replica, [4] * 3, run)
+        assert (replica.token_budget, replica.memory) == before
+
+    def test_other_errors_are_not_taken_for_a_lack_of_memory(self) -> None:
+        def run(batch: list[int]) -> list[int]:
+            raise RuntimeError("shapes differ")
+
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            in_batches(tiny_replica("llama"), [4], run)
+
+
 class TestSteering:
     @pytest.mark.parametrize("layer", range(LAYERS))
-    def test_lower_layers_stay_bit_equal_and_the_steered_one_is_its_old_self_plus_the_delta(
+    def test_lower_layers_stay_bit_equal_and_the_steered_one_is_its_old_self_plus_the_vector(
         self, replica: Replica, layer: int
     ) -> None:
-        delta = torch.tensor(np.stack([direction(seed) for seed in range(len(PROMPTS))])).unsqueeze(1)
-        delta = delta.to(replica.model.dtype)
+        rows = [[Add(layer=layer, vector=direction(seed))] for seed in range(len(PROMPTS))]
+        steering = steering_of(replica, rows)
         with recorded(replica) as before:
             replica.logits(PROMPTS, keep=1)
-        with steered(replica, {layer: delta}), recorded(replica) as after:
+        with steered(replica, steering), recorded(replica) as after:
             replica.logits(PROMPTS, keep=1)
+        vectors = torch.tensor(np.stack([direction(seed) for seed in range(len(PROMPTS))]))
         assert all(torch.equal(after[lower], before[lower]) for lower in range(layer))
-        assert torch.equal(after[layer], before[layer] + delta)
+        assert torch.equal(after[layer], before[layer] + vectors[:, None].to(replica.model.dtype))
         assert all(not torch.equal(after[higher], before[higher]) for higher in range(layer + 1, LAYERS))
 
     @pytest.mark.parametrize("architecture", MLP_BIAS)
@@ -223,123 +267,73 @@ class TestSteering:
         replica, built_in = tiny_replica(architecture), tiny_replica(architecture)
         vector = 3 * direction()
         built_in.blocks[layer].get_parameter(MLP_BIAS[architecture]).add_(torch.tensor(vector))
-        deltas = row_tables(replica, [[Addition(layer=layer, vector=vector)]]).take([0] * len(PROMPTS))
-        with steered(replica, deltas):
+        changes = [Add(layer=layer, vector=vector)]
+        with steered(replica, steering_of(replica, [changes] * len(PROMPTS))):
             logits = replica.logits(PROMPTS, keep=1)
         torch.testing.assert_close(logits, built_in.logits(PROMPTS, keep=1), atol=1e-9, rtol=0)
         expected = [generated(built_in.model, prompt, 6) for prompt in PROMPTS]
-        assert greedy(replica, PROMPTS, deltas, max_new_tokens=6).tokens == expected
+        assert completed(replica, [changes], 6) == expected
 
     def test_no_hook_outlives_a_context_that_ends_in_an_error(self, replica: Replica) -> None:
         before = replica.logits(PROMPTS, keep=1)
-        delta = torch.ones(len(PROMPTS), 1, HIDDEN, dtype=replica.model.dtype)
-        with pytest.raises(ZeroDivisionError), steered(replica, {0: delta}), recorded(replica) as outputs:
+        steering = steering_of(replica, [[Add(layer=0, vector=direction())]] * len(PROMPTS))
+        with pytest.raises(ZeroDivisionError), steered(replica, steering), recorded(replica) as outputs:
             1 / 0  # noqa: B018
-        with pytest.raises(RuntimeError), steered(replica, {1: delta, 2: delta[..., :-1]}):
-            replica.logits(PROMPTS, keep=1)
-        with pytest.raises(IndexError), steered(replica, {0: delta, LAYERS: delta}):
+        with pytest.raises(RuntimeError), steered(replica, steering):
+            replica.logits(PROMPTS[:2], keep=1)
+        with pytest.raises(IndexError), recorded(replica, [0, LAYERS]):
             pass
         assert torch.equal(replica.logits(PROMPTS, keep=1), before)
         assert outputs == {}
 
-    @settings(max_examples=8)
-    @given(st.data())
-    def test_a_packed_row_equals_the_lone_row_in_any_order(
-        self, replica: Replica, data: st.DataObject
-    ) -> None:
-        tokens = st.integers(5, len(replica.tokenizer) - 1)
-        configuration = st.tuples(
-            st.lists(tokens, min_size=1, max_size=2 * WINDOW), st.integers(0, LAYERS - 1), st.floats(-8, 8)
-        )
-        pack = data.draw(st.lists(configuration, min_size=2, max_size=5))
-        order = data.draw(st.permutations(range(len(pack))))
-        rows = [
-            [Addition(layer=layer, vector=strength * direction(index))]
-            for index, (_, layer, strength) in enumerate(pack)
-        ]
-        deltas = row_tables(replica, rows).take(order)
-        prompts = [pack[index][0] for index in order]
-        with steered(replica, deltas):
-            together = replica.logits(prompts, keep=1)
-        completions, first_logits = greedy(replica, prompts, deltas, max_new_tokens=4)
-        torch.testing.assert_close(first_logits, together[:, -1], atol=tolerance(replica), rtol=0)
-        for place, index in enumerate(order):
-            alone = row_tables(replica, [rows[index]]).take([0])
-            with steered(replica, alone):
-                logits = replica.logits([pack[index][0]], keep=1)
-            torch.testing.assert_close(together[place], logits[0], atol=tolerance(replica), rtol=0)
-            assert [completions[place]] == greedy(replica, [pack[index][0]], alone, max_new_tokens=4).tokens
-
     def test_a_row_of_nan_logits_does_not_poison_its_batch_mates(self, replica: Replica) -> None:
         huge = np.full(HIDDEN, 0.4 * torch.finfo(replica.model.dtype).max)
-        rows = [
-            [Addition(layer=1, vector=vector)]
-            for vector in (direction(1), huge, direction(2), huge, direction(3))
-        ]
-        deltas = row_tables(replica, rows).take(range(len(rows)))
-        with steered(replica, deltas):
+        rows = [[Add(layer=1, vector=vector)] for vector in (direction(1), huge, direction(2))]
+        with steered(replica, steering_of(replica, [rows[place % 3] for place in range(len(PROMPTS))])):
             together = replica.logits(PROMPTS, keep=1)
-        completions = greedy(replica, PROMPTS, deltas, max_new_tokens=4).tokens
-        for mate in (0, 2, 4):
-            alone = row_tables(replica, [rows[mate]]).take([0])
-            with steered(replica, alone):
-                logits = replica.logits([PROMPTS[mate]], keep=1)
-            assert logits.isfinite().all()
-            torch.testing.assert_close(together[mate], logits[0], atol=tolerance(replica), rtol=0)
-            assert [completions[mate]] == greedy(replica, [PROMPTS[mate]], alone, max_new_tokens=4).tokens
+        for mate in (0, 2, 3):
+            with steered(replica, steering_of(replica, [rows[mate % 3]], [PROMPTS[mate]])):
+                alone = replica.logits([PROMPTS[mate]], keep=1)
+            assert alone.isfinite().all()
+            torch.testing.assert_close(together[mate], alone[0], atol=tolerance(replica), rtol=0)
 
     def test_a_huge_vector_does_give_nan_logits_where_norms_are_float32(self) -> None:
         replica = tiny_replica("llama")
-        deltas = row_tables(replica, [[Addition(layer=1, vector=np.full(HIDDEN, 1e300))]]).take([0])
-        with steered(replica, deltas):
-            assert replica.logits([PROMPTS[0]], keep=1).isnan().all()
+        rows = [[Add(layer=1, vector=np.full(HIDDEN, 1e300))]]
+        with steered(replica, steering_of(replica, rows, PROMPTS[:1])):
+            assert replica.logits(PROMPTS[:1], keep=1).isnan().all()
+
+
+def steering_of(replica: Replica, rows: list[list[Add]], prompts: list[list[int]] = PROMPTS) -> Steering:
+    return Steering(row_tables(replica, rows), [len(prompt) for prompt in prompts])
+
+
+def completed(
+    replica: Replica, rows: list[list[Add]], max_new_tokens: int, prompts: list[list[int]] = PROMPTS
+) -> list[list[int]]:
+    """Greedy completions: each prompt under the row of its number, or under the only one."""
+    tables: RowTables = row_tables(replica, rows)
+    work = [Work(prompt, prompt % len(rows)) for prompt in range(len(prompts))]
+    found = dict(generate(replica, prompts, tables, work, Decoding(max_new_tokens=max_new_tokens)))
+    return [found[index].tokens for index in range(len(prompts))]
 
 
 class TestRowTables:
-    def test_rows_that_steer_elsewhere_or_nowhere_hold_zeros(self) -> None:
+    def test_rows_that_act_elsewhere_or_nowhere_change_nothing(self) -> None:
         replica = tiny_replica("llama")
-        rows = [[], [Addition(layer=2, vector=direction())], [Addition(layer=0, vector=2 * direction())]]
-        deltas = row_tables(replica, rows).take([2, 0, 1, 1])
+        rows = [[], [Add(layer=2, vector=direction())], [Add(layer=0, vector=2 * direction())]]
+        tables = row_tables(replica, rows).take([2, 0, 1, 1])
         zero, vector = np.zeros(HIDDEN), direction()
-        np.testing.assert_array_equal(deltas[0][:, 0], [2 * vector, zero, zero, zero])
-        np.testing.assert_array_equal(deltas[2][:, 0], [zero, zero, vector, vector])
-        assert sorted(deltas) == [0, 2]
-
-    def test_additions_of_one_row_at_one_layer_add_up(self) -> None:
-        parts = [Addition(layer=1, vector=direction(seed)) for seed in range(3)]
-        deltas = row_tables(tiny_replica("llama"), [parts]).take([0])
-        np.testing.assert_allclose(deltas[1][0, 0], sum(part.vector for part in parts), rtol=1e-12)
+        added = {place.layer: table.add_RKD[:, 0] for place, [table] in tables.tables.items()}
+        np.testing.assert_array_equal(added[0], [2 * vector, zero, zero, zero])
+        np.testing.assert_array_equal(added[2], [zero, zero, vector, vector])
 
     def test_the_table_is_a_copy_of_the_callers_vector(self) -> None:
         vector = direction()
-        tables = row_tables(tiny_replica("llama"), [[Addition(layer=1, vector=vector)]])
+        tables = row_tables(tiny_replica("llama"), [[Add(layer=1, vector=vector)]])
         vector[:] = 0
-        np.testing.assert_array_equal(tables.take([0])[1][0, 0], direction())
-
-    @pytest.mark.parametrize(
-        ("addition", "message"),
-        [
-            (
-                Addition(layer=LAYERS, vector=direction()),
-                "row 1: layer 4 does not exist; the model has 0 to 3",
-            ),
-            (Addition(layer=-1, vector=direction()), "row 1: layer -1 does not exist; the model has 0 to 3"),
-            (
-                Addition(layer=0, vector=np.ones(31)),
-                "row 1: vector of shape (31,); the model's hidden size is 32",
-            ),
-            (Addition(layer=0, vector=np.ones((1, 32))), "row 1: vector of shape (1, 32); the model's"),
-            (Addition(layer=0, vector=np.append(np.ones(31), np.nan)), "row 1: the vector holds NaN"),
-            (
-                Addition(layer=0, vector=np.append(np.ones(31), np.inf)),
-                "row 1: the vector holds NaN or an infinity",
-            ),
-        ],
-    )
-    def test_a_vector_that_cannot_be_added_is_refused_by_row(self, addition: Addition, message: str) -> None:
-        good = Addition(layer=0, vector=direction())
-        with pytest.raises(SpecError, match=re.escape(message)):
-            row_tables(tiny_replica("llama"), [[good], [good, addition]])
+        [[table]] = tables.tables.values()
+        np.testing.assert_array_equal(table.add_RKD[0, 0], direction())
 
 
 class TestGreedy:
@@ -347,7 +341,7 @@ class TestGreedy:
         self, replica: Replica
     ) -> None:
         expected = [generated(replica.model, prompt, 2 * WINDOW) for prompt in PROMPTS]
-        assert greedy(replica, PROMPTS, {}, max_new_tokens=2 * WINDOW).tokens == expected
+        assert completed(replica, [[]], 2 * WINDOW) == expected
 
     def test_a_prompt_ends_before_its_first_stop_token_and_leaves_the_batch(self, name: str) -> None:
         model = tiny_model(name)
@@ -357,35 +351,35 @@ class TestGreedy:
         model.generation_config.eos_token_id = sorted(stops)
         replica = Replica(model, tiny_tokenizer())
         with _counted_sequences(replica) as sizes:
-            found = greedy(replica, PROMPTS, {}, max_new_tokens=10).tokens
+            found = completed(replica, [[]], 10)
         assert found == expected
         assert found[1] == []
-        assert sizes == [sum(len(tokens) >= step for tokens in expected) for step in range(len(sizes))]
-        assert sizes[0] == len(PROMPTS)
-        assert sizes[-1] < len(PROMPTS)
+        # The last token of a completion of full length is chosen, but never read.
+        steps = [sum(min(len(tokens), 9) >= step for tokens in expected) for step in range(1, 10)]
+        assert sizes[-len([size for size in steps if size]) :] == [size for size in steps if size]
 
-    def test_the_pass_ends_with_the_last_prompt(self) -> None:
+    def test_vectors_follow_their_prompts_when_others_leave(self) -> None:
         model = tiny_model("llama")
-        model.generation_config.eos_token_id = list(range(model.config.vocab_size))
-        replica = Replica(model, tiny_tokenizer())
-        with _counted_sequences(replica) as sizes:
-            assert greedy(replica, PROMPTS, {}, max_new_tokens=10).tokens == [[]] * len(PROMPTS)
-        assert sizes == [len(PROMPTS)]
-
-    def test_deltas_follow_their_prompts_when_others_leave(self) -> None:
-        model = tiny_model("llama")
-        endless = greedy(Replica(model, tiny_tokenizer()), PROMPTS, {}, max_new_tokens=2).tokens
+        endless = completed(Replica(model, tiny_tokenizer()), [[]], 2)
         model.generation_config.eos_token_id = [endless[0][0], endless[2][1]]
         replica = Replica(model, tiny_tokenizer())
-        rows = [[Addition(layer=1, vector=place * direction(place))] for place in range(len(PROMPTS))]
-        tables = row_tables(replica, rows)
-        together = greedy(replica, PROMPTS, tables.take(range(len(PROMPTS))), max_new_tokens=8).tokens
+        rows = [[Add(layer=1, vector=place * direction(place))] for place in range(len(PROMPTS))]
+        together = completed(replica, rows, 8)
         assert together[0] == []
         assert len({len(tokens) for tokens in together}) > 1
         assert together == [
-            greedy(replica, [prompt], tables.take([place]), max_new_tokens=8).tokens[0]
-            for place, prompt in enumerate(PROMPTS)
+            completed(replica, [row], 8, [prompt])[0] for row, prompt in zip(rows, PROMPTS, strict=True)
         ]
+
+    def test_rows_are_generated_again_where_memory_ran_out(self) -> None:
+        replica = tiny_replica("llama")
+        rows = [[Add(layer=1, vector=place * direction(place))] for place in range(len(PROMPTS))]
+        expected = completed(replica, rows, 8)
+        capacity = 2 * (max(map(len, PROMPTS)) + 8)
+        before = replica.memory = 2 * 4 * replica.cache_bytes * capacity  # 4 sequences at a time
+        with _most_sequences(replica, 1, after=4):
+            assert completed(replica, rows, 8) == expected
+        assert replica.memory < before
 
 
 def _until(tokens: list[int], stops: set[int]) -> list[int]:
@@ -400,5 +394,23 @@ def _counted_sequences(replica: Replica) -> Iterator[list[int]]:
     handle = replica.blocks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
         yield sizes
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _most_sequences(replica: Replica, most: int, *, after: int) -> Iterator[None]:
+    """From some pass on, passes over more sequences run out of memory."""
+    passes = 0
+
+    def refuse(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > after and len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = replica.blocks[0].register_forward_pre_hook(refuse)
+    try:
+        yield
     finally:
         handle.remove()

@@ -1,6 +1,6 @@
 """The job that judges claims, against a plain loop, scripted models and counts of its own tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from torch import nn
 
 from jobs import honesty
 from jobs.data.claims import ClaimQuestion, load_questions
-from jobs.engine import batches
 from jobs.engine.replica import Replica
 from jobs.errors import SpecError
 from jobs.scoring.text import parse_judgement
@@ -109,9 +108,11 @@ def answering(letters: Sequence[str]) -> Replica:
     def answer(model: nn.Module, inputs: object, options: dict[str, torch.Tensor], output: object) -> None:
         rows = zip(options["input_ids"], options["attention_mask"], strict=True)
         for index, (ids, mask) in enumerate(rows):
-            letter = asked.get(tuple(ids[mask[-len(ids) :] == 1].tolist()))
-            if letter is not None:
-                output.logits[index, -1, letter] += 1e3  # type: ignore[attr-defined]
+            ending = tuple(ids[mask[-len(ids) :] == 1].tolist())  # what prompts have in common is read apart
+            if len(ending) > 1:
+                letters = {letter for prompt, letter in asked.items() if prompt[-len(ending) :] == ending}
+                for letter in letters:
+                    output.logits[index, -1, letter] += 1e3  # type: ignore[attr-defined]
 
     replica.model.register_forward_hook(answer, with_kwargs=True)
     return replica
@@ -164,35 +165,25 @@ class TestPack:
         artifacts = Artifacts(replica)
         artifacts.run("jobs.honesty", PACK)
         passes = Passes(replica.model)
-        artifacts.run("jobs.honesty", PACK[:1])
-        alone = passes.count
+        for params in PACK:
+            artifacts.run("jobs.honesty", [params])
+        separately = passes.count
         artifacts.run("jobs.honesty", PACK)
-        assert passes.count - alone <= NEW_TOKENS < alone * len(PACK)
+        depths = len({params.layer for params in PACK})
+        assert passes.count - separately <= depths * 2 + NEW_TOKENS < separately
 
-    def test_a_row_is_handed_over_before_the_next_group_begins(self) -> None:
+    def test_a_row_is_handed_over_as_soon_as_it_is_finished(self) -> None:
         replica = tiny_replica(ARCHITECTURE)
-        replica.token_budget = 1
         artifacts = Artifacts(replica)
         artifacts.run("jobs.honesty", PACK)
+        tokens = sum(len(replica.encode_chat(question.user)) for question in questions())
+        # Room for all questions, but not for all answers to them at a time.
+        replica.memory = 2 * tokens * (replica.cache_bytes + len(PACK) * replica.state_bytes)
         passes = Passes(replica.model)
         outcomes = honesty.run(replica, [Row(params, 0) for params in PACK], artifacts)
-        claims = SELECT + REPORT
-        for number, (index, _) in enumerate(outcomes, start=1):
-            assert index == number - 1
-            assert passes.count <= number * claims * NEW_TOKENS
-        assert passes.count > (len(PACK) - 1) * claims
-
-    @pytest.mark.parametrize("damage", ["one lost", "one twice"])
-    def test_a_claim_without_exactly_one_answer_is_noticed(
-        self, monkeypatch: pytest.MonkeyPatch, damage: str
-    ) -> None:
-        def faulty(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-            everything = list(range(len(lengths)))
-            yield everything[1:] if damage == "one lost" else [*everything, 0]
-
-        monkeypatch.setattr(batches, "micro_batches", faulty)
-        with pytest.raises(AssertionError, match="answers, one for each"):
-            run(tiny_replica(ARCHITECTURE), few(layer=0, dose=0.0))
+        handed_over = [passes.count for _ in outcomes]
+        assert len(set(handed_over)) == len(PACK)
+        assert handed_over[0] <= handed_over[-1] / 2
 
 
 class TestMetrics:

@@ -12,8 +12,9 @@ from scipy.special import log_softmax
 
 from jobs import steer
 from jobs.data.prompts import Choice, OpenPrompt
+from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
-from jobs.engine.steering import Addition, RowTables, row_tables
+from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
 from jobs.readout import Completion, Panel, Reading, read_tables, split_means
 from jobs.spec import Outcome, Status
@@ -93,12 +94,12 @@ def panel(replica: Replica) -> Panel:
 
 
 def tables(replica: Replica, configurations: list[Configuration]) -> RowTables:
-    return row_tables(replica, [[Addition(layer=each.layer, vector=each.vector)] for each in configurations])
+    return row_tables(replica, [[Add(layer=each.layer, vector=each.vector)] for each in configurations])
 
 
 def read(replica: Replica, configurations: list[Configuration]) -> list[Reading]:
     prepared = panel(replica)
-    found = dict(prepared.read(tables(replica, configurations), len(configurations), prepared.unsteered()))
+    found = dict(prepared.read(tables(replica, configurations), prepared.unsteered()))
     assert sorted(found) == list(range(len(configurations)))
     return [found[index] for index in range(len(configurations))]
 
@@ -138,7 +139,7 @@ class TestPanel:
     def test_a_row_of_zero_strength_reads_as_the_unsteered_model(self) -> None:
         replica = tiny_replica(ARCHITECTURE)
         prepared = panel(replica)
-        [(_, unsteered)] = prepared.read(RowTables({}), 1, prepared.unsteered())
+        [(_, unsteered)] = prepared.read(row_tables(replica, [[]]), prepared.unsteered())
         zero = next(index for index, each in enumerate(CONFIGURATIONS) if not each.vector.any())
         assert_equal(read(replica, CONFIGURATIONS)[zero], unsteered)
         np.testing.assert_allclose(unsteered.kl_N, 0, atol=1e-12)
@@ -172,7 +173,7 @@ class TestSplitMeans:
             Completion(prompt, reply, "", score, 0.25 * index)
             for index, (prompt, reply, score) in enumerate(zip(PROMPTS, tokens, nll, strict=True))
         ]
-        return Reading(np.array([1.0, 2.0, 10.0]), np.array([0.1, 0.3, 0.5]), replies)
+        return Reading(np.array([1.0, 2.0, 10.0]), np.array([0.1, 0.3, 0.5]), replies, finite=True)
 
     def test_each_split_averages_its_own_choices_and_replies(self) -> None:
         means = split_means(panel(tiny_replica(ARCHITECTURE)), self.reading([1.0, 5.0, 2.0], [[1], [2], [3]]))

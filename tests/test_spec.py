@@ -360,7 +360,7 @@ class TestCodeVersion:
             ("readout.py", {"jobs.steer"}),
             ("extract.py", set(JOBS)),
             ("data/pairs.py", set(JOBS)),
-            ("engine/batches.py", set(JOBS)),
+            ("engine/memory.py", set(JOBS)),
             ("directions/contrast.py", set(JOBS)),
             ("scoring/statistics.py", {"jobs.honesty"}),
         ],

@@ -10,9 +10,10 @@ from steering_vectors import SteeringVector
 from torch import Tensor
 
 from jobs import extract
-from jobs.engine.generate import greedy
+from jobs.engine.decoding import Decoding, Work, generate
+from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
-from jobs.engine.steering import Addition, row_tables
+from jobs.engine.tables import row_tables
 from tests.models import Artifacts
 
 pytestmark = pytest.mark.slow
@@ -60,6 +61,14 @@ def with_the_package(
     return PackageRun(found.sequences[0, len(prompt) :].tolist(), (largest[:, 0] - largest[:, 1]).tolist())
 
 
+def completed(
+    replica: Replica, prompts: list[list[int]], rows: list[list[Add]], work: list[Work]
+) -> list[list[int]]:
+    decoding = Decoding(max_new_tokens=NEW_TOKENS)
+    found = dict(generate(replica, prompts, row_tables(replica, rows), work, decoding))
+    return [found[index].tokens for index in range(len(work))]
+
+
 def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_one(
     smollm2: Replica, directions: Tensor, record_property: Callable[[str, object], None]
 ) -> None:
@@ -67,9 +76,8 @@ def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_
     work = [
         (layer, factor, place) for layer in LAYERS for factor in MULTIPLIERS for place in range(len(prompts))
     ]
-    rows = [[Addition(layer=layer, vector=(factor * directions[layer]).numpy())] for layer, factor, _ in work]
-    deltas = row_tables(smollm2, rows).take(range(len(rows)))
-    ours = greedy(smollm2, [prompts[place] for _, _, place in work], deltas, max_new_tokens=NEW_TOKENS).tokens
+    rows = [[Add(layer=layer, vector=(factor * directions[layer]).numpy())] for layer, factor, _ in work]
+    ours = completed(smollm2, prompts, rows, [Work(place, row) for row, (_, _, place) in enumerate(work)])
     near_ties = 0
     for (layer, factor, place), mine in zip(work, ours, strict=True):
         theirs = with_the_package(smollm2, prompts[place], layer, directions[layer], factor)
@@ -90,6 +98,6 @@ def test_a_pack_of_all_layers_and_multipliers_says_what_the_package_says_one_by_
     record_property("differing_at_a_near_tie", near_ties)
     if near_ties:
         warnings.warn(f"{near_ties} of {len(work)} completions differ after a near tie", stacklevel=1)
-    unsteered = greedy(smollm2, prompts, {}, max_new_tokens=NEW_TOKENS).tokens
+    unsteered = completed(smollm2, prompts, [[]], [Work(place, 0) for place in range(len(prompts))])
     changed = sum(mine != unsteered[place] for (_, _, place), mine in zip(work, ours, strict=True))
     assert changed > len(work) / 2, "the vectors are too weak for this test to mean anything"

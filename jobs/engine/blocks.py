@@ -1,8 +1,22 @@
-"""Find the decoder blocks of a Hugging Face model by structure, not by name."""
+"""Find the parts of a Hugging Face language model by structure, not by name."""
+
+from typing import NamedTuple
 
 from torch import nn
 
 from jobs.errors import ModelError
+
+
+class Parts(NamedTuple):
+    """What a decoder block adds to the residual stream.
+
+    Attributes:
+        attention: Its output, or the first of its outputs, is what attention adds.
+        mlp: Its output is what the feed-forward part (or mixture of experts) adds.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -32,3 +46,28 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             "steersweep takes decoder-only models"
         )
     return winners[0]
+
+
+def find_parts(block: nn.Module) -> Parts:
+    """Attention and feed-forward part of a block.
+
+    Attention is the child that knows its place in the key-value cache (`layer_idx`). The feed-forward
+    part is the last other child with weight matrices: what follows it in a block are norms, whose
+    weights are vectors.
+
+    Raises:
+        ModelError: If the block has no such children.
+    """
+    children = dict(block.named_children())
+    attention = [name for name, child in children.items() if hasattr(child, "layer_idx")]
+    matrices = [name for name, child in children.items() if name not in attention and _has_matrix(child)]
+    if len(attention) != 1 or not matrices:
+        raise ModelError(
+            f"{type(block).__name__} should have one part with `layer_idx` (attention) and one more with "
+            f"weight matrices (feed-forward); it has {attention} and {matrices} of {list(children)}"
+        )
+    return Parts(children[attention[0]], children[matrices[-1]])
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jobs.engine.batches import micro_batches
+from jobs.engine.memory import in_batches
+from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
-from jobs.engine.steering import recorded
 from jobs.errors import SpecError
 
 
@@ -31,10 +31,11 @@ def capture_last(replica: Replica, prompts: Sequence[Sequence[int]], *, offset: 
         raise SpecError(
             f"offset={offset}, and prompt {lengths.index(min(lengths))} has only {min(lengths)} tokens"
         )
-    result = torch.empty((len(prompts), replica.layers, replica.hidden_size), dtype=replica.model.dtype)
-    for batch in micro_batches(lengths, replica.token_budget):
+
+    def capture(batch: list[int]) -> Sequence[Tensor]:
         with recorded(replica) as outputs:
             replica.logits([prompts[index] for index in batch], keep=1)
-        for layer, output in outputs.items():
-            result[batch, layer] = output[:, -offset].cpu()
-    return result
+        states = [outputs[layer][:, -offset].cpu() for layer in range(replica.layers)]
+        return torch.stack(states, dim=1).unbind()
+
+    return torch.stack(in_batches(replica, lengths, capture))

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
 from jobs import catalog
-from jobs.engine.blocks import find_blocks
+from jobs.engine.blocks import Parts, find_blocks, find_parts
 from jobs.errors import ModelError
 from jobs.spec import ModelRef
 
@@ -24,9 +24,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
 Kept = TypeVar("Kept")
+_MOST_KEPT = 4
 
 
 class Replica:
@@ -37,9 +36,12 @@ class Replica:
         tokenizer: Its tokenizer, padding on the left.
         blocks: The decoder blocks in order; layer `l` means the output of `blocks[l]`, counted from 0.
         token_budget: Most tokens (sequences x padded length) of one forward pass.
+        memory: Most bytes of keys, values and activations that are kept from pass to pass.
+        positions_ST: Of the pass that is running or ran last, the position of each token in its text,
+            from 0; -1 marks padding.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 8192) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 8192, memory: int = 2**30) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.blocks: nn.ModuleList = find_blocks(model)
@@ -48,7 +50,14 @@ class Replica:
             lambda unembedding, inputs: (inputs[0].contiguous(), *inputs[1:])
         )
         self.token_budget = token_budget
-        self._kept: tuple[Hashable, Any] | None = None
+        self.memory = memory
+        self.positions_ST = torch.zeros((0, 0), dtype=torch.int64)
+        self._kept: dict[Hashable, Any] = {}
+
+    @cached_property
+    def parts(self) -> list[Parts]:
+        """Attention and feed-forward part of each block. Raises ModelError if a block has none."""
+        return [find_parts(block) for block in self.blocks]
 
     @property
     def layers(self) -> int:
@@ -59,6 +68,31 @@ class Replica:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden_size * int(self.model.dtype.itemsize)
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """Bytes of one token's keys and values in all blocks, measured.
+
+        Raises:
+            ModelError: If a block keeps anything else from token to token.
+        """
+        cache: Any = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            one = torch.ones((1, 1), dtype=torch.int64, device=self.device)
+            self.forward(one * self.pad_id, one, one - 1, keep=1, cache=cache)
+        states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        found = [each.nbytes for each in states if each is not None]
+        if len(found) != 2 * self.layers:
+            raise ModelError(
+                f"{type(self.model).__name__} keeps more than keys and values from token to token; "
+                "steersweep takes models whose blocks all have attention"
+            )
+        return sum(found)
 
     @property
     def device(self) -> torch.device:
@@ -100,10 +134,11 @@ class Replica:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def keep(self, key: Hashable, build: Callable[[], Kept]) -> Kept:
-        """What `build` makes, kept until another key is asked for, so that the next pack finds it ready."""
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, build())
-        kept: Kept = self._kept[1]
+        """What `build` makes, kept for the next pack while it is among the few asked for last."""
+        kept: Kept = self._kept.pop(key) if key in self._kept else build()
+        self._kept[key] = kept
+        while len(self._kept) > _MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
         return kept
 
     def encode(self, text: str) -> list[int]:
@@ -164,7 +199,7 @@ class Replica:
         return self.forward(ids, mask, position_ids(mask), keep=keep)
 
     def forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, *, keep: int, cache: DynamicCache | None = None
+        self, ids: Tensor, mask: Tensor, positions: Tensor, *, keep: int, cache: Cache | None = None
     ) -> Tensor:
         """One pass over the model.
 
@@ -178,6 +213,7 @@ class Replica:
         Returns:
             Logits of shape (sequences, keep, vocabulary), in the model's dtype.
         """
+        self.positions_ST = positions.masked_fill(mask[:, -positions.shape[1] :] == 0, -1)
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         output = self.model(
             input_ids=ids,

@@ -1,0 +1,110 @@
+"""Keys and values of many sequences in memory that is taken once.
+
+Sequences stand in slots, the live ones first, and share one time axis: padding on the left, the newest
+token last. A sequence that ends gives its slot to the last live one, one that joins is copied in, and
+nothing else moves. H heads, T tokens, E head size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+
+class _Layer(DynamicLayer):
+    """One layer's keys and values, written in place.
+
+    Attributes:
+        states: Keys and values, each (slots, H, capacity, E); nothing before the first write.
+        length: Tokens of the time axis so far.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._slots = slots
+        self._capacity = capacity
+        self.states: tuple[Tensor, ...] = ()
+        self.length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens of the first sequences; returns all that these have, as views."""
+        sequences = key_states.shape[0]
+        self.put(slice(0, sequences), self.length, (key_states, value_states))
+        self.length += key_states.shape[2]
+        keys, values = (states[:sequences, :, : self.length] for states in self.states)
+        return keys, values
+
+    def put(self, slots: Any, start: int, states_SHTE: Sequence[Tensor]) -> None:
+        """Write keys and values of some slots from a place of the time axis on."""
+        if not self.states:
+            self.states = tuple(self._buffer(states) for states in states_SHTE)
+        for mine, theirs in zip(self.states, states_SHTE, strict=True):
+            mine[slots, :, start : start + theirs.shape[2]] = theirs
+
+    def _buffer(self, like_SHTE: Tensor) -> Tensor:
+        _, heads, _, size = like_SHTE.shape
+        return like_SHTE.new_zeros((self._slots, heads, self._capacity, size))
+
+    def get_seq_length(self) -> int:
+        """Tokens of the time axis so far."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Tokens that a query may see, and the place of the first."""
+        # Older releases of transformers hand over the positions of the query, not their number.
+        query = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + query, 0
+
+
+class KeyValues(Cache):
+    """The cache of a batch.
+
+    Args:
+        layers: Number of decoder blocks.
+        slots: Most sequences at a time.
+        capacity: Most tokens of the time axis.
+
+    Attributes:
+        by_layer: One cache a block.
+    """
+
+    def __init__(self, layers: int, *, slots: int, capacity: int) -> None:
+        self.by_layer = [_Layer(slots, capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.by_layer))
+        self.capacity = capacity
+
+    @property
+    def length(self) -> int:
+        """Tokens of the time axis so far."""
+        return self.by_layer[-1].length
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        for layer in self.by_layer:
+            layer.length = tokens
+
+    def take_in(self, slots: Sequence[int], other: "KeyValues") -> None:
+        """Copy the first sequences of another cache into these slots, their last token at `length`."""
+        for mine, theirs in zip(self.by_layer, other.by_layer, strict=True):
+            states = [states[: len(slots), :, : other.length] for states in theirs.states]
+            mine.put(list(slots), self.length - other.length, states)
+
+    def move(self, source: int, target: int) -> None:
+        """Put one slot's sequence into another slot."""
+        for layer in self.by_layer:
+            for states in layer.states:
+                states[target, :, : self.length] = states[source, :, : self.length]
+
+    def forget(self, tokens: int) -> None:
+        """Drop the oldest tokens of the time axis, which no live sequence has."""
+        kept = self.length - tokens
+        for layer in self.by_layer:
+            for states in layer.states:
+                states[:, :, :kept] = states[:, :, tokens : self.length].clone()
+        self.length = kept

@@ -1,0 +1,268 @@
+"""Complete prompts under many configurations at once, with a key-value cache.
+
+Sequences that end leave the batch at once and waiting ones take their place, so that the batch stays
+full to the end.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jobs.engine.cache import KeyValues
+from jobs.engine.groups import check_work, groups
+from jobs.engine.memory import within_memory
+from jobs.engine.prefill import Prefill
+from jobs.engine.replica import Replica
+from jobs.engine.sampling import Sampling, choose
+from jobs.engine.tables import Counts, RowTables, Steering, steered
+
+
+class Work(NamedTuple):
+    """A prompt to be completed under a configuration.
+
+    Attributes:
+        prompt: Which prompt.
+        row: Which row of the tables.
+        seed: Of the random numbers, where tokens are drawn.
+    """
+
+    prompt: int
+    row: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How completions are made.
+
+    Attributes:
+        max_new_tokens: Most tokens of a completion, at least 1.
+        sampling: How tokens are chosen.
+        stops: Whether a stop token ends a completion; without it every one gets all its tokens.
+        slots: Most sequences of the batch.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stops: bool = True
+    slots: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.slots < 1:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens}, slots={self.slots}; each takes 1 or more"
+            )
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt.
+
+    Attributes:
+        tokens: New tokens, up to and without the first stop token.
+        first_logits_V: Logits of the first new token, the model's dtype.
+        finite: Whether all logits were finite; if not, the tokens end before the first that were not.
+        fired: What was changed, the prompt's tokens included.
+    """
+
+    tokens: list[int]
+    first_logits_V: Tensor
+    finite: bool
+    fired: Counts
+
+
+def generate(
+    replica: Replica,
+    prompts: Sequence[Sequence[int]],
+    tables: RowTables,
+    work: Sequence[Work],
+    decoding: Decoding,
+) -> Iterator[tuple[int, Continuation]]:
+    """Completions of all work, each with its index, as soon as it is finished.
+
+    Args:
+        replica: The model.
+        prompts: Token ids; they may differ in length.
+        tables: The configurations.
+        work: Which prompts to complete under which of them.
+        decoding: How.
+
+    Raises:
+        SpecError: If a configuration names a position that its prompt has not; nothing has run then.
+        OutOfMemory: If a single row does not fit.
+    """
+    check_work(prompts, tables, [(each.prompt, each.row) for each in work])
+
+    def run(left: list[int]) -> Iterator[tuple[int, Continuation]]:
+        for index, found in _generate(replica, prompts, tables, [work[index] for index in left], decoding):
+            yield left[index], found
+
+    return within_memory(replica, len(work), run)
+
+
+@torch.inference_mode()
+def _generate(
+    replica: Replica,
+    prompts: Sequence[Sequence[int]],
+    tables: RowTables,
+    work: Sequence[Work],
+    decoding: Decoding,
+) -> Iterator[tuple[int, Continuation]]:
+    longest = max(len(prompts[each.prompt]) for each in work)
+    batch = _Batch(replica, tables, decoding, longest)
+    pairs = [(each.prompt, each.row) for each in work]
+    # A batch is refilled by parts, so that it is never far from full and never filled one by one.
+    waiting = groups(replica, prompts, tables, pairs, most=max(1, batch.free // 4))
+    group = next(waiting, None)
+    while group is not None or batch.live:
+        while group is not None and len(group.members) <= batch.free:
+            slots = [_Slot.of(index, work[index], prompts[work[index].prompt]) for index in group.members]
+            batch.join(slots, group.prompts.prefill(group.work, room=0))
+            yield from batch.leave()
+            group = next(waiting, None)
+        if batch.live:
+            batch.step()
+            yield from batch.leave()
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A sequence of the batch."""
+
+    index: int
+    row: int
+    prompt_tokens: int
+    text: list[int]
+    generator: torch.Generator
+    new: list[int] = field(default_factory=list)
+    fired: Counts = field(default_factory=dict)
+    first_logits_V: Tensor | None = None
+    finite: bool = True
+    ended: bool = False
+
+    @staticmethod
+    def of(index: int, work: Work, prompt: Sequence[int]) -> "_Slot":
+        generator = torch.Generator().manual_seed(work.seed)
+        return _Slot(index, work.row, len(prompt), list(prompt), generator)
+
+    def count(self, counts: Counts) -> None:
+        for place, number in counts.items():
+            self.fired[place] = self.fired.get(place, 0) + number
+
+    def result(self) -> Continuation:
+        assert self.first_logits_V is not None
+        return Continuation(self.new, self.first_logits_V, self.finite, self.fired)
+
+
+class _Batch:
+    """The sequences that are being completed; the live ones are the first slots of the cache."""
+
+    def __init__(self, replica: Replica, tables: RowTables, decoding: Decoding, longest: int) -> None:
+        self._replica = replica
+        self._tables = tables
+        self._decoding = decoding
+        self._longest = longest
+        # Twice the longest sequence: old tokens are dropped from the time axis seldom.
+        capacity = 2 * (longest + decoding.max_new_tokens)
+        fitting = replica.memory // 2 // (capacity * replica.cache_bytes)
+        self._most = max(1, min(decoding.slots, fitting))
+        self._cache = KeyValues(replica.layers, slots=self._most, capacity=capacity)
+        self._cache.length = longest
+        self._mask = torch.zeros((self._most, capacity), dtype=torch.int64, device=replica.device)
+        self._slots: list[_Slot] = []
+        self._steering: Steering | None = None
+
+    @property
+    def live(self) -> int:
+        """Number of sequences."""
+        return len(self._slots)
+
+    @property
+    def free(self) -> int:
+        """Number of slots without one."""
+        return self._most - self.live
+
+    def join(self, slots: Sequence[_Slot], found: Prefill) -> None:
+        """Take in sequences whose prompts were read, and choose their first tokens."""
+        self._count()
+        places = range(self.live, self.live + len(slots))
+        self._cache.take_in(places, found.cache)
+        stop = self._cache.length
+        self._mask[places.start : places.stop] = 0
+        self._mask[places.start : places.stop, stop - found.mask_ST.shape[1] : stop] = found.mask_ST
+        self._slots += slots
+        for slot, counts, logits_V in zip(slots, found.fired, found.logits_SV, strict=True):
+            slot.count(counts)
+            slot.first_logits_V = logits_V
+        self._choose(slots, found.logits_SV)
+
+    def _choose(self, slots: Sequence[_Slot], logits_SV: Tensor) -> None:
+        finite = torch.isfinite(logits_SV).all(dim=-1).tolist()
+        tokens = choose(
+            torch.nan_to_num(logits_SV),
+            self._decoding.sampling,
+            texts=[slot.text for slot in slots],
+            generators=[slot.generator for slot in slots],
+        )
+        for slot, token, is_finite in zip(slots, tokens, finite, strict=True):
+            slot.finite = is_finite
+            if not is_finite or (self._decoding.stops and token in self._replica.stop_ids):
+                slot.ended = True
+                continue
+            slot.text.append(token)
+            slot.new.append(token)
+            slot.ended = len(slot.new) == self._decoding.max_new_tokens
+
+    def leave(self) -> list[tuple[int, Continuation]]:
+        """Take out the sequences that have ended; the last live ones move into their slots."""
+        if not any(slot.ended for slot in self._slots):
+            return []
+        self._count()
+        results = []
+        place = 0
+        while place < self.live:
+            slot = self._slots[place]
+            if not slot.ended:
+                place += 1
+                continue
+            results.append((slot.index, slot.result()))
+            last = self._slots.pop()
+            if place < self.live:
+                self._slots[place] = last
+                self._cache.move(self.live, place)
+                self._mask[place] = self._mask[self.live]
+        return results
+
+    def step(self) -> None:
+        """One more token for every sequence."""
+        if self._cache.length == self._cache.capacity:
+            self._drop_oldest()
+        length = self._cache.length
+        self._mask[: self.live, length] = 1
+        ids_S1 = torch.tensor([[slot.text[-1]] for slot in self._slots], device=self._replica.device)
+        positions_S1 = torch.tensor([[len(slot.text) - 1] for slot in self._slots], device=ids_S1.device)
+        if self._steering is None:
+            rows = [slot.row for slot in self._slots]
+            self._steering = Steering(self._tables.take(rows), [slot.prompt_tokens for slot in self._slots])
+        with steered(self._replica, self._steering):
+            logits = self._replica.forward(
+                ids_S1, self._mask[: self.live, : length + 1], positions_S1, keep=1, cache=self._cache
+            )
+        self._choose(self._slots, logits[:, -1])
+
+    def _drop_oldest(self) -> None:
+        # What joins later may be as long as the longest prompt.
+        unused = int(self._mask[: self.live, : self._cache.length].any(dim=0).int().argmax())
+        unused = min(unused, self._cache.length - self._longest)
+        self._cache.forget(unused)
+        self._mask[:, : self._cache.length] = self._mask[:, unused : unused + self._cache.length].clone()
+        self._mask[:, self._cache.length :] = 0
+
+    def _count(self) -> None:
+        """Add what has fired since the batch last changed to its sequences' own counts."""
+        if self._steering is not None:
+            for slot, counts in zip(self._slots, self._steering.counts(), strict=True):
+                slot.count(counts)
+        self._steering = None

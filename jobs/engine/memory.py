@@ -1,0 +1,98 @@
+"""Work in batches that fit, halved where memory runs out all the same."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from jobs.engine.replica import Replica
+from jobs.errors import OutOfMemory
+
+Found = TypeVar("Found")
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of `lengths` in groups whose padded size stays within the budget.
+
+    Neighbours in length ride together, so that little is spent on padding. A sequence that is
+    longer than the budget gets a batch of its own.
+
+    Args:
+        lengths: Tokens of each sequence, new tokens included.
+        budget: Most tokens, padding included, of one group.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def in_batches(
+    replica: Replica, lengths: Sequence[int], run: Callable[[list[int]], Sequence[Found]]
+) -> list[Found]:
+    """What `run` finds for every sequence, in batches within the replica's token budget.
+
+    Args:
+        replica: The model.
+        lengths: Tokens of each sequence, new tokens included.
+        run: Takes the indices of a batch and gives what it finds for each.
+
+    Raises:
+        OutOfMemory: If a single sequence does not fit.
+    """
+
+    def run_left(left: list[int]) -> Iterator[tuple[int, Found]]:
+        for batch in micro_batches([lengths[index] for index in left], replica.token_budget):
+            chosen = [left[place] for place in batch]
+            yield from zip(chosen, run(chosen), strict=True)
+
+    found = dict(within_memory(replica, len(lengths), run_left))
+    return [found[index] for index in range(len(lengths))]
+
+
+def within_memory(
+    replica: Replica, number: int, run: Callable[[list[int]], Iterator[tuple[int, Found]]]
+) -> Iterator[tuple[int, Found]]:
+    """All that `run` finds; where memory runs out, the rest is run again with half of the replica's budgets.
+
+    Args:
+        replica: The model; budgets that were halved stay so.
+        number: How many things there are to find.
+        run: Takes the indices that are left and yields each with what it finds, within the budgets.
+
+    Raises:
+        OutOfMemory: If even one at a time does not fit; the budgets are then as they were.
+    """
+    left = dict.fromkeys(range(number))
+    budgets = replica.token_budget, replica.memory
+    while left:
+        try:
+            for index, found in run(list(left)):
+                del left[index]
+                yield index, found
+        except RuntimeError as error:
+            if not _ran_out(error):
+                raise
+            if replica.token_budget == 1:
+                replica.token_budget, replica.memory = budgets
+                raise _too_large(replica) from error
+            replica.token_budget = max(1, replica.token_budget // 2)
+            replica.memory //= 2
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    # The CPU's allocator has no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _too_large(replica: Replica) -> OutOfMemory:
+    total = None
+    if replica.device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(replica.device).total_memory)
+    return OutOfMemory(
+        f"a single row does not fit into the memory of {replica.device}; use shorter prompts, fewer new "
+        "tokens, a smaller dtype or a larger device",
+        limit=total,
+    )

@@ -1,0 +1,290 @@
+"""Interventions as tables: one row of a table a configuration, so that any mixture rides in one batch.
+
+What a row does, where and to which tokens is data, never code.
+R rows (configurations), S sequences, T tokens, K spans, D hidden.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jobs.engine.interventions import ENDLESS, Intervention, Site, Span, Terms, terms
+from jobs.engine.replica import Replica
+from jobs.errors import SpecError
+
+
+class Place(NamedTuple):
+    """Where tables act."""
+
+    layer: int
+    site: Site
+
+
+Counts = dict[Place, int]
+"""Place -> number of tokens that were changed there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """At one place, at most one intervention of each row, in the form of `interventions.Terms`.
+
+    Attributes:
+        add_RKD: What is added, the model's dtype; zero where a row has no intervention here.
+        unit_RD: What is projected out, float32 or wider; None if no row projects.
+        replaces_R: Whether the row drops h; None if none does.
+        spans_RK4: The fields of each `Span`, int64; one that is not used is empty.
+        everywhere: Whether every row that acts here acts at every token.
+    """
+
+    add_RKD: Tensor
+    unit_RD: Tensor | None
+    replaces_R: Tensor | None
+    spans_RK4: Tensor
+    everywhere: bool
+
+    def take(self, rows: Sequence[int]) -> "Table":
+        """The rows of the sequences of a batch."""
+        index = torch.tensor(rows, device=self.add_RKD.device)
+        return Table(
+            self.add_RKD[index],
+            None if self.unit_RD is None else self.unit_RD[index],
+            None if self.replaces_R is None else self.replaces_R[index],
+            self.spans_RK4[index],
+            self.everywhere,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowTables:
+    """What the configurations of a pack do, ready for a replica.
+
+    Attributes:
+        tables: Place -> tables, in the order in which they act.
+        shared: For each row, how many blocks from the bottom put out what they would put out in the
+            unsteered model while the prompt is read, hooks on the last of them left aside; one more than
+            there are blocks if the prompt is not changed at all.
+        positions: For each row, the positions in the prompt that each of its interventions names.
+    """
+
+    tables: Mapping[Place, Sequence[Table]]
+    shared: Sequence[int]
+    positions: Sequence[Sequence[tuple[int, ...]]]
+
+    @property
+    def rows(self) -> int:
+        """Number of configurations."""
+        return len(self.shared)
+
+    def take(self, rows: Sequence[int]) -> "RowTables":
+        """The tables of a batch whose sequence s belongs to row `rows[s]`."""
+        taken = {place: [table.take(rows) for table in stack] for place, stack in self.tables.items()}
+        return RowTables(taken, [self.shared[row] for row in rows], [self.positions[row] for row in rows])
+
+    def intended(self, row: int, prompt_tokens: int, tokens: int) -> Counts:
+        """At how many of a text's first `tokens` the tables of each place are meant to change it."""
+        found = {}
+        for place, stack in self.tables.items():
+            spans = [span for table in stack for span in table.spans_RK4[row].tolist()]
+            resolved = [
+                range(start + after * prompt_tokens, min(stop + upto * prompt_tokens, tokens))
+                for start, stop, after, upto in spans
+            ]
+            found[place] = sum(map(len, resolved))
+        return found
+
+    def check_prompt(self, row: int, tokens: int) -> None:
+        """Raises SpecError if the row names a position that such a prompt has not, or one twice."""
+        for positions in self.positions[row]:
+            if wrong := [at for at in positions if not -tokens <= at < tokens]:
+                raise SpecError(
+                    f"row {row}: positions {wrong} of a prompt that has {-tokens} to {tokens - 1}"
+                )
+            if len({at % tokens for at in positions}) < len(positions):
+                raise SpecError(
+                    f"row {row}: positions {positions} name a token of a {tokens}-token prompt twice"
+                )
+
+
+def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowTables:
+    """Tables of a pack: row `i` of each holds what configuration `i` does there.
+
+    Raises:
+        SpecError: If an intervention cannot be meant; the message names the row.
+    """
+    stacks: dict[Place, list[dict[int, Terms]]] = {}
+    for row, changes in enumerate(rows):
+        for change in changes:
+            try:
+                found = terms(change, hidden=replica.hidden_size, layers=replica.layers)
+            except SpecError as error:
+                raise SpecError(f"row {row}: {error}") from error
+            stack = stacks.setdefault(Place(change.layer, change.site), [])
+            free = next((table for table in stack if row not in table), None)
+            if free is None:
+                stack.append(free := {})
+            free[row] = found
+    tables = {
+        place: [_table(replica, place, table, len(rows)) for table in stack]
+        for place, stack in stacks.items()
+    }
+    return RowTables(
+        tables,
+        shared=[_shared(replica, changes) for changes in rows],
+        positions=[
+            [change.tokens for change in changes if isinstance(change.tokens, tuple)] for changes in rows
+        ],
+    )
+
+
+def _shared(replica: Replica, changes: Sequence[Intervention]) -> int:
+    reading = [change for change in changes if change.tokens != "generated"]
+    return min((change.layer + (change.site == "after") for change in reading), default=replica.layers + 1)
+
+
+def _table(replica: Replica, place: Place, rows: Mapping[int, Terms], number: int) -> Table:
+    device = next(replica.blocks[place.layer].parameters()).device
+    spans = max(len(found.spans) for found in rows.values())
+    add = torch.zeros((number, spans, replica.hidden_size), dtype=torch.float64)
+    unit = torch.zeros((number, replica.hidden_size), dtype=torch.float64)
+    replaces = torch.zeros(number, dtype=torch.bool)
+    fields = torch.zeros((number, spans, 4), dtype=torch.int64)
+    for row, found in rows.items():
+        add[row, : len(found.spans)] = torch.from_numpy(found.add_KD)
+        unit[row] = torch.from_numpy(found.unit_D)
+        replaces[row] = found.replaces
+        fields[row, : len(found.spans)] = torch.tensor(found.spans, dtype=torch.int64)
+    dtype = replica.model.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return Table(
+        add.to(device, dtype),
+        unit.to(device, wide) if bool(unit.any()) else None,
+        replaces.to(device) if bool(replaces.any()) else None,
+        fields.to(device),
+        everywhere=all(found.spans == (Span(0, ENDLESS),) for found in rows.values()),
+    )
+
+
+class Steering:
+    """The interventions of one batch at work.
+
+    Args:
+        tables: One row a sequence.
+        prompt_tokens: Length of each sequence's prompt.
+
+    Attributes:
+        tables: Place -> tables, in the order in which they act.
+        fired: Place -> for each of its tables, tokens at which each sequence was changed, shape (S,).
+    """
+
+    def __init__(self, tables: RowTables, prompt_tokens: Sequence[int]) -> None:
+        self.tables = tables.tables
+        self._prompt_S = torch.tensor(prompt_tokens)
+        self.fired = {
+            place: [
+                torch.zeros(len(prompt_tokens), dtype=torch.int64, device=table.add_RKD.device)
+                for table in stack
+            ]
+            for place, stack in tables.tables.items()
+        }
+
+    def change(self, place: Place, h_STD: Tensor, positions_ST: Tensor) -> Tensor:
+        """The hidden state after all interventions at a place.
+
+        Args:
+            place: Where it is.
+            h_STD: The hidden state; some models' feed-forward parts give it as (S x T, D).
+            positions_ST: Position of each token in its text, from 0; -1 marks padding.
+        """
+        shape = h_STD.shape
+        positions_ST = positions_ST.to(h_STD.device)
+        h_STD = h_STD.view(*positions_ST.shape, shape[-1])
+        for table, fired_S in zip(self.tables[place], self.fired[place], strict=True):
+            inside_STK = self._inside(table, positions_ST)
+            fired_S += inside_STK.any(dim=2).sum(dim=1)
+            h_STD = _changed(h_STD, table, None if table.everywhere else inside_STK)
+        return h_STD.view(shape)
+
+    def _inside(self, table: Table, positions_ST: Tensor) -> Tensor:
+        prompt_S11 = self._prompt_S.to(positions_ST.device)[:, None, None]
+        start, stop, from_prompt, to_prompt = table.spans_RK4[:, None].unbind(dim=-1)
+        position_ST1 = positions_ST[..., None]
+        after = position_ST1 >= start + from_prompt * prompt_S11
+        before = position_ST1 < stop + to_prompt * prompt_S11
+        return after & before & (position_ST1 >= 0)
+
+    def counts(self) -> list[Counts]:
+        """For each sequence, at how many tokens all tables of a place together have changed it."""
+        sums = {place: torch.stack(stack).sum(dim=0).tolist() for place, stack in self.fired.items()}
+        return [
+            {place: found[index] for place, found in sums.items()} for index in range(len(self._prompt_S))
+        ]
+
+
+def _changed(h_STD: Tensor, table: Table, inside_STK: Tensor | None) -> Tensor:
+    """`inside_STK` is None where every token counts: padding is changed too, which nothing ever reads."""
+    if inside_STK is None:
+        add_STD = table.add_RKD[:, :1]
+    else:
+        add_STD = torch.einsum("stk,skd->std", inside_STK.to(h_STD.dtype), table.add_RKD)
+    changed = h_STD
+    if table.unit_RD is not None:
+        wide = h_STD.to(table.unit_RD.dtype)
+        along = (wide * table.unit_RD[:, None]).sum(dim=-1, keepdim=True) * table.unit_RD[:, None]
+        if inside_STK is not None:
+            along = along * inside_STK.any(dim=2, keepdim=True)
+        changed = (wide - along).to(h_STD.dtype)
+    if table.replaces_R is not None:
+        dropped = table.replaces_R[:, None, None]
+        if inside_STK is not None:
+            dropped = dropped & inside_STK.any(dim=2, keepdim=True)
+        changed = changed.masked_fill(dropped, 0)
+    return changed + add_STD
+
+
+@contextmanager
+def steered(replica: Replica, steering: Steering) -> Iterator[None]:
+    """Inside the block every pass is changed; `replica.positions_ST` tells which tokens it holds."""
+    handles: list[Any] = []
+    try:
+        for place in steering.tables:
+            handles.append(_hook(replica, place, steering))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(replica: Replica, place: Place, steering: Steering) -> Any:
+    def change(h_STD: Tensor) -> Tensor:
+        return steering.change(place, h_STD, replica.positions_ST)
+
+    block = replica.blocks[place.layer]
+    match place.site:
+        case "before":
+            return block.register_forward_pre_hook(_on_input(change), with_kwargs=True)
+        case "after":
+            return block.register_forward_hook(_on_output(change))
+        case "attention":
+            return replica.parts[place.layer].attention.register_forward_hook(_on_output(change))
+        case "mlp":
+            return replica.parts[place.layer].mlp.register_forward_hook(_on_output(change))
+
+
+def _on_input(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if inputs:
+            return (change(inputs[0]), *inputs[1:]), options
+        return inputs, {**options, "hidden_states": change(options["hidden_states"])}
+
+    return hook
+
+
+def _on_output(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return hook
