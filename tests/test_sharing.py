@@ -1,12 +1,12 @@
 """Passes that share what configurations have in common equal passes over everything."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from jobs.engine.groups import groups, in_parts, next_token
+from jobs.engine.groups import groups, in_parts, next_token, once
 from jobs.engine.interventions import Add, Intervention, ProjectOut
 from jobs.engine.replica import Replica
 from jobs.engine.sharing import common_prefix, resumed
@@ -115,6 +115,31 @@ def test_groups_hold_all_work_once_within_their_limits(most: int, token_budget: 
         longest = max(len(PROMPTS[work[index][0]]) - len(TEMPLATE) for index in group.members)
         assert len(group.members) == 1 or len(group.members) * longest <= token_budget
         assert len(group.members) <= most
+
+
+def test_equal_configurations_and_changes_of_nothing_are_computed_once() -> None:
+    replica = tiny_replica("llama")
+    rows: list[list[Intervention]] = [
+        [],
+        [Add(layer=2, vector=vector(1))],
+        [Add(layer=1, vector=0 * vector(1))],
+        [Add(layer=2, vector=vector(1)), Add(layer=0, vector=0 * vector(1), tokens=(0, 1))],
+        [Add(layer=2, vector=vector(1), tokens="prompt")],
+    ]
+    tables = row_tables(replica, rows)
+    assert tables.same == [0, 1, 0, 1, 4]
+    work = [(prompt, row) for row in range(len(rows)) for prompt in range(3)]
+    done: list[int] = []
+
+    def run(firsts: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+        done.extend(firsts)
+        return ((index, work[index]) for index in firsts)
+
+    found = dict(once([(prompt, tables.same[row]) for prompt, row in work], run))
+    assert sorted(work[index] for index in done) == [(p, row) for p in range(3) for row in (0, 1, 4)]
+    assert {work[index]: answer for index, answer in found.items()} == {
+        (prompt, row): (prompt, tables.same[row]) for prompt, row in work
+    }
 
 
 def test_parts_come_whole_and_in_order() -> None:

@@ -95,11 +95,11 @@ class KeyValues(Cache):
             states = [states[: len(slots), :, : other.length] for states in theirs.states]
             mine.put(list(slots), self.length - other.length, states)
 
-    def move(self, source: int, target: int) -> None:
-        """Put one slot's sequence into another slot."""
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Put the sequences of some slots into other slots."""
         for layer in self.by_layer:
             for states in layer.states:
-                states[target, :, : self.length] = states[source, :, : self.length]
+                states[targets, :, : self.length] = states[sources, :, : self.length]
 
     def forget(self, tokens: int) -> None:
         """Drop the oldest tokens of the time axis, which no live sequence has."""

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from jobs.engine.cache import KeyValues
-from jobs.engine.groups import check_work, groups
+from jobs.engine.groups import check_work, groups, once
 from jobs.engine.memory import within_memory
 from jobs.engine.prefill import Prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
 from jobs.engine.tables import Counts, RowTables, Steering, steered
+
+_SPARE_TOKENS = 32
+"""The time axis is longer than any sequence, so that old tokens are dropped from it seldom."""
 
 
 class Work(NamedTuple):
@@ -99,7 +102,9 @@ def generate(
         for index, found in _generate(replica, prompts, tables, [work[index] for index in left], decoding):
             yield left[index], found
 
-    return within_memory(replica, len(work), run)
+    draws = decoding.sampling.temperature > 0
+    keys = [(each.prompt, tables.same[each.row], each.seed if draws else 0) for each in work]
+    return once(keys, lambda firsts: within_memory(replica, firsts, run))
 
 
 @torch.inference_mode()
@@ -164,8 +169,7 @@ class _Batch:
         self._tables = tables
         self._decoding = decoding
         self._longest = longest
-        # Twice the longest sequence: old tokens are dropped from the time axis seldom.
-        capacity = 2 * (longest + decoding.max_new_tokens)
+        capacity = longest + decoding.max_new_tokens + _SPARE_TOKENS
         fitting = replica.memory // 2 // (capacity * replica.cache_bytes)
         self._most = max(1, min(decoding.slots, fitting))
         self._cache = KeyValues(replica.layers, slots=self._most, capacity=capacity)
@@ -199,16 +203,15 @@ class _Batch:
         self._choose(slots, found.logits_SV)
 
     def _choose(self, slots: Sequence[_Slot], logits_SV: Tensor) -> None:
-        finite = torch.isfinite(logits_SV).all(dim=-1).tolist()
         tokens = choose(
-            torch.nan_to_num(logits_SV),
+            logits_SV,
             self._decoding.sampling,
             texts=[slot.text for slot in slots],
             generators=[slot.generator for slot in slots],
         )
-        for slot, token, is_finite in zip(slots, tokens, finite, strict=True):
-            slot.finite = is_finite
-            if not is_finite or (self._decoding.stops and token in self._replica.stop_ids):
+        for slot, token in zip(slots, tokens, strict=True):
+            slot.finite = token is not None
+            if token is None or (self._decoding.stops and token in self._replica.stop_ids):
                 slot.ended = True
                 continue
             slot.text.append(token)
@@ -217,23 +220,20 @@ class _Batch:
 
     def leave(self) -> list[tuple[int, Continuation]]:
         """Take out the sequences that have ended; the last live ones move into their slots."""
-        if not any(slot.ended for slot in self._slots):
+        ended = [slot for slot in self._slots if slot.ended]
+        if not ended:
             return []
         self._count()
-        results = []
-        place = 0
-        while place < self.live:
-            slot = self._slots[place]
-            if not slot.ended:
-                place += 1
-                continue
-            results.append((slot.index, slot.result()))
-            last = self._slots.pop()
-            if place < self.live:
-                self._slots[place] = last
-                self._cache.move(self.live, place)
-                self._mask[place] = self._mask[self.live]
-        return results
+        live = self.live - len(ended)
+        holes = [place for place in range(live) if self._slots[place].ended]
+        moved = [place for place in range(live, self.live) if not self._slots[place].ended]
+        for hole, place in zip(holes, moved, strict=True):
+            self._slots[hole] = self._slots[place]
+        if holes:
+            self._cache.move(moved, holes)
+            self._mask[holes] = self._mask[moved]
+        del self._slots[live:]
+        return [(slot.index, slot.result()) for slot in ended]
 
     def step(self) -> None:
         """One more token for every sequence."""

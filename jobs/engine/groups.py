@@ -1,6 +1,6 @@
 """Cut work into groups that are read together, in bounded memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,7 +48,24 @@ def next_token(
             for member, logits_V in zip(group.members, logits_SV, strict=True):
                 yield left[member], logits_V
 
-    return within_memory(replica, len(work), run)
+    keys = [(prompt, tables.same[row]) for prompt, row in work]
+    return once(keys, lambda firsts: within_memory(replica, firsts, run))
+
+
+def once(
+    keys: Sequence[Hashable], run: Callable[[list[int]], Iterator[tuple[int, Found]]]
+) -> Iterator[tuple[int, Found]]:
+    """What is found for each piece of work, where pieces of equal key are done once.
+
+    Args:
+        keys: Key of each piece.
+        run: Takes the indices of the pieces to do and yields each with what it finds.
+    """
+    equal: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        equal.setdefault(key, []).append(index)
+    for first, found in run([indices[0] for indices in equal.values()]):
+        yield from ((index, found) for index in equal[keys[first]])
 
 
 def in_parts(found: Iterable[tuple[int, Found]], size: int) -> Iterator[tuple[int, list[Found]]]:

@@ -3,7 +3,7 @@
 No torch. K positions, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -104,6 +104,16 @@ class Terms(NamedTuple):
     unit_D: np.ndarray
     replaces: bool
     spans: tuple[Span, ...]
+
+    @property
+    def nothing(self) -> bool:
+        """Whether h stays what it is."""
+        return not (self.replaces or self.add_KD.any() or self.unit_D.any())
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for equal terms."""
+        return self.add_KD.tobytes(), self.unit_D.tobytes(), self.replaces, self.spans
 
 
 def terms(change: Intervention, *, hidden: int, layers: int) -> Terms:

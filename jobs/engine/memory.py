@@ -1,6 +1,6 @@
 """Work in batches that fit, halved where memory runs out all the same."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -48,24 +48,24 @@ def in_batches(
             chosen = [left[place] for place in batch]
             yield from zip(chosen, run(chosen), strict=True)
 
-    found = dict(within_memory(replica, len(lengths), run_left))
+    found = dict(within_memory(replica, range(len(lengths)), run_left))
     return [found[index] for index in range(len(lengths))]
 
 
 def within_memory(
-    replica: Replica, number: int, run: Callable[[list[int]], Iterator[tuple[int, Found]]]
+    replica: Replica, indices: Iterable[int], run: Callable[[list[int]], Iterator[tuple[int, Found]]]
 ) -> Iterator[tuple[int, Found]]:
     """All that `run` finds; where memory runs out, the rest is run again with half of the replica's budgets.
 
     Args:
         replica: The model; budgets that were halved stay so.
-        number: How many things there are to find.
+        indices: Of the work.
         run: Takes the indices that are left and yields each with what it finds, within the budgets.
 
     Raises:
         OutOfMemory: If even one at a time does not fit; the budgets are then as they were.
     """
-    left = dict.fromkeys(range(number))
+    left = dict.fromkeys(indices)
     budgets = replica.token_budget, replica.memory
     while left:
         try:

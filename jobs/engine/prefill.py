@@ -1,6 +1,6 @@
-"""One pass over prompts into a key-value cache, and what is kept of it for later passes.
+"""One pass over texts into a key-value cache, and what is kept of it for later passes.
 
-S sequences, T tokens, D hidden, V vocabulary, H heads, E head size.
+N and S texts, T tokens, D hidden, V vocabulary, H heads, E head size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ class Prefill(NamedTuple):
     """Texts that were read, ready to be gone on with.
 
     Attributes:
-        cache: Keys and values of the sequences.
+        cache: Keys and values of the texts.
         mask_ST: 1 where the cache holds a token, 0 where padding.
         logits_SV: Logits of the next token, the model's dtype.
-        fired: What was changed, for each sequence.
+        fired: What was changed, for each text.
     """
 
     cache: KeyValues
@@ -30,34 +30,81 @@ class Prefill(NamedTuple):
     fired: list[Counts]
 
 
-class Read(NamedTuple):
-    """What is kept of one text that was read.
+class Texts:
+    """What is kept of texts that were read, padded on the left.
+
+    Args:
+        number: How many texts.
+        tokens: Length of the longest.
 
     Attributes:
-        states: Keys and values of the lowest blocks, each of shape (H, T, E).
-        outputs: Layer -> what the block put out, shape (T, D).
-        logits_V: Logits of the next token.
-        fired: What was changed.
+        states: For each of the lowest blocks, keys and values of shape (N, H, T, E).
+        outputs: Layer -> what the block put out, shape (N, T, D).
+        logits_NV: Logits of the next token.
+        fired: What was changed, for each text.
+        tokens: Length of the longest.
     """
 
-    states: list[tuple[Tensor, ...]]
-    outputs: Mapping[int, Tensor]
-    logits_V: Tensor
-    fired: Counts
+    def __init__(self, number: int, tokens: int) -> None:
+        self.tokens = tokens
+        self.states: list[tuple[Tensor, ...]] = []
+        self.outputs: dict[int, Tensor] = {}
+        self.logits_NV = torch.empty(0)
+        self.fired: list[Counts] = [{} for _ in range(number)]
+
+    def put(
+        self, places: Sequence[int], found: Prefill, *, blocks: int, outputs: Mapping[int, Tensor]
+    ) -> None:
+        """Keep what a pass has found.
+
+        Args:
+            places: Number of each text of the pass.
+            found: The pass; what it read last, not what it went on from, is kept.
+            blocks: Keys and values of so many blocks, from the bottom, are kept.
+            outputs: Layer -> what the block put out, shape (S, T, D).
+        """
+        stop = found.cache.length
+        states = [layer.states for layer in found.cache.by_layer[:blocks]]
+        tokens = min(self.tokens, stop)
+        number = len(self.fired)
+        if not len(self.logits_NV):
+            self.logits_NV = found.logits_SV.new_zeros((number, found.logits_SV.shape[1]))
+            self.states = [
+                tuple(each.new_zeros((number, each.shape[1], self.tokens, each.shape[3])) for each in pair)
+                for pair in states
+            ]
+            self.outputs = {
+                layer: output.new_zeros((number, self.tokens, output.shape[2]))
+                for layer, output in outputs.items()
+            }
+        for mine, theirs in zip(self.states, states, strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                one[places, :, self.tokens - tokens :] = other[:, :, stop - tokens : stop]
+        for layer, output in outputs.items():
+            self.outputs[layer][places, self.tokens - output.shape[1] :] = output
+        self.logits_NV[places] = found.logits_SV
+        for place, fired in zip(places, found.fired, strict=True):
+            self.fired[place] = fired
 
 
 def prefill(
-    replica: Replica, texts: Sequence[Sequence[int]], beginnings: Sequence[Read | None], *, room: int = 0
+    replica: Replica,
+    texts: Sequence[Sequence[int]],
+    beginnings: Texts | None = None,
+    places: Sequence[int] = (),
+    *,
+    room: int = 0,
 ) -> Prefill:
-    """Read texts, each after its beginning: all have one, of equal length, or none has.
+    """Read texts, each after its beginning.
 
     Args:
         replica: The model.
         texts: Token ids.
-        beginnings: What was read before each.
+        beginnings: What was read before, of equal length; None if nothing was.
+        places: Which beginning each text has.
         room: Tokens for which the cache keeps memory free.
     """
-    cache, mask_ST = begin(replica, texts, beginnings, room=room)
+    cache, mask_ST = begin(replica, texts, beginnings, places, room=room)
     ids_ST, _ = replica.pad(texts)
     positions_ST = position_ids(mask_ST)[:, -ids_ST.shape[1] :]
     logits = replica.forward(ids_ST, mask_ST, positions_ST, keep=1, cache=cache)
@@ -65,51 +112,24 @@ def prefill(
 
 
 def begin(
-    replica: Replica, texts: Sequence[Sequence[int]], beginnings: Sequence[Read | None], *, room: int
+    replica: Replica,
+    texts: Sequence[Sequence[int]],
+    beginnings: Texts | None,
+    places: Sequence[int],
+    *,
+    room: int,
 ) -> tuple[KeyValues, Tensor]:
-    """A cache that holds the beginnings alone, and the mask of the whole texts."""
+    """A cache that holds the beginnings alone, and the mask of the whole texts. Takes what `prefill` does."""
     _, mask_ST = replica.pad(texts)
-    begun = 0 if beginnings[0] is None else beginnings[0].states[0][0].shape[1]
+    begun = 0 if beginnings is None else beginnings.tokens
     cache = KeyValues(replica.layers, slots=len(texts), capacity=begun + mask_ST.shape[1] + room)
-    for slot, beginning in enumerate(beginnings):
-        if beginning is not None:
-            for layer, states in zip(cache.by_layer, beginning.states, strict=True):
-                layer.put([slot], 0, [each[None] for each in states])
-    cache.length = begun
+    if beginnings is not None:
+        fill(cache, beginnings, places, begun, blocks=replica.layers)
     return cache, torch.cat([mask_ST.new_ones((len(texts), begun)), mask_ST], dim=1)
 
 
-def fill(cache: KeyValues, texts: Sequence[Read], blocks: int) -> None:
-    """Give the lowest blocks, which were not computed, the texts' keys and values."""
-    if not blocks:
-        return
-    longest = max(text.states[0][0].shape[1] for text in texts)
-    for layer in range(blocks):
-        found = cache.by_layer[layer]
-        for slot, text in enumerate(texts):
-            states = text.states[layer]
-            start = found.length + longest - states[0].shape[1]
-            found.put([slot], start, [each[None] for each in states])
-        found.length += longest
-
-
-def kept(found: Prefill, slot: int, tokens: int, *, blocks: int, outputs: Mapping[int, Tensor]) -> Read:
-    """The last `tokens` tokens of one sequence, copied.
-
-    Args:
-        found: The pass.
-        slot: The sequence's place in it.
-        tokens: Number of tokens.
-        blocks: Keys and values of so many blocks, from the bottom, are kept.
-        outputs: Layer -> what the block put out, shape (S, T, D).
-    """
-    stop = found.cache.length
-    return Read(
-        [
-            tuple(each[slot, :, stop - tokens : stop].clone() for each in layer.states)
-            for layer in found.cache.by_layer[:blocks]
-        ],
-        {layer: output[slot, -tokens:].clone() for layer, output in outputs.items()},
-        found.logits_SV[slot].clone(),
-        found.fired[slot],
-    )
+def fill(cache: KeyValues, texts: Texts, places: Sequence[int], tokens: int, *, blocks: int) -> None:
+    """Write keys and values of the texts' last `tokens` tokens behind what the lowest blocks hold."""
+    for layer, states in zip(cache.by_layer[:blocks], texts.states[:blocks], strict=True):
+        layer.put(slice(0, len(places)), layer.length, [each[places, :, -tokens:] for each in states])
+        layer.length += tokens

@@ -37,8 +37,10 @@ def choose(
     *,
     texts: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
-) -> list[int]:
+) -> list[int | None]:
     """The next token of each sequence, the same whatever other sequences are in the batch.
+
+    None where a logit is NaN or plus infinity; minus infinity rules a token out.
 
     Args:
         logits_SV: Logits of the next token.
@@ -48,9 +50,15 @@ def choose(
     """
     if sampling.repetition_penalty != 1:
         logits_SV = _penalised(logits_SV, sampling.repetition_penalty, texts)
-    if sampling.temperature == 0:
-        greedy: list[int] = logits_SV.argmax(dim=-1).tolist()
-        return greedy
+    largest_S, tokens_S = logits_SV.max(dim=-1)
+    finite_S = largest_S.isfinite()
+    if sampling.temperature > 0:
+        tokens_S = _drawn(logits_SV.masked_fill(~finite_S[:, None], 0), sampling, generators)
+    pairs = zip(tokens_S.tolist(), finite_S.tolist(), strict=True)
+    return [token if finite else None for token, finite in pairs]
+
+
+def _drawn(logits_SV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     probabilities_SV = torch.softmax(logits_SV.double() / sampling.temperature, dim=-1)
     sorted_SV, order_SV = probabilities_SV.sort(dim=-1, descending=True, stable=True)
     reached_SV = sorted_SV.cumsum(dim=-1)
@@ -59,8 +67,7 @@ def choose(
     draws = [float(torch.rand((), generator=generator, dtype=torch.float64)) for generator in generators]
     wanted_S1 = torch.tensor(draws, dtype=torch.float64, device=total_SV.device)[:, None] * total_SV[:, -1:]
     place_S1 = torch.searchsorted(total_SV, wanted_S1, right=True).clamp(max=total_SV.shape[1] - 1)
-    drawn: list[int] = order_SV.gather(1, place_S1)[:, 0].tolist()
-    return drawn
+    return order_SV.gather(1, place_S1)[:, 0]
 
 
 def _penalised(logits_SV: Tensor, penalty: float, texts: Sequence[Sequence[int]]) -> Tensor:

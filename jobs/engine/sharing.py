@@ -9,13 +9,13 @@ S sequences, T tokens, D hidden, V vocabulary.
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.engine.memory import in_batches
-from jobs.engine.prefill import Prefill, Read, begin, fill, kept, prefill
+from jobs.engine.prefill import Prefill, Texts, begin, fill, prefill
 from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
 from jobs.engine.tables import Counts, RowTables, Steering, steered
@@ -34,8 +34,8 @@ class Unsteered:
     Attributes:
         prompts: Token ids.
         prefix: As given.
-        beginning: What is kept of the common beginning; None if there is none.
-        endings: What is kept of each prompt's rest.
+        beginning: The common beginning; None if there is none.
+        endings: The rest of each prompt.
     """
 
     def __init__(
@@ -51,42 +51,24 @@ class Unsteered:
         self.prefix = prefix
         self._layers = layers
         # The rest of a prompt is read after all blocks of its beginning.
-        self.beginning = (
-            self._read(replica, [prompts[0][:prefix]], None, replica.layers)[0] if prefix else None
-        )
+        self.beginning = self._read(replica, [prompts[0][:prefix]], None, replica.layers) if prefix else None
         self.endings = self._read(replica, [prompt[prefix:] for prompt in prompts], self.beginning, blocks)
 
     @torch.inference_mode()
     def _read(
-        self, replica: Replica, texts: Sequence[Sequence[int]], beginning: Read | None, blocks: int
-    ) -> list[Read]:
-        def read(batch: list[int]) -> list[Read]:
+        self, replica: Replica, texts: Sequence[Sequence[int]], beginning: Texts | None, blocks: int
+    ) -> Texts:
+        lengths = [len(text) for text in texts]
+        found = Texts(len(texts), max(lengths))
+
+        def read(batch: list[int]) -> list[int]:
             with recorded(replica, self._layers) as outputs:
-                found = prefill(replica, [texts[index] for index in batch], [beginning] * len(batch))
-            return [
-                kept(found, slot, len(texts[index]), blocks=blocks, outputs=outputs)
-                for slot, index in enumerate(batch)
-            ]
+                done = prefill(replica, [texts[index] for index in batch], beginning, [0] * len(batch))
+            found.put(batch, done, blocks=blocks, outputs=outputs)
+            return batch
 
-        return in_batches(replica, [len(text) for text in texts], read)
-
-
-class _Part(NamedTuple):
-    """One sequence of a pass.
-
-    Attributes:
-        tokens: What is read.
-        unsteered: The same, as it was read without steering.
-        beginning: What comes before.
-        row: Row of the tables.
-        prompt_tokens: Length of the whole prompt.
-    """
-
-    tokens: Sequence[int]
-    unsteered: Read
-    beginning: Read | None
-    row: int
-    prompt_tokens: int
+        in_batches(replica, lengths, read)
+        return found
 
 
 class Prompts:
@@ -103,7 +85,8 @@ class Prompts:
         self._replica = replica
         self._unsteered = unsteered
         self._tables = tables
-        self._beginnings: dict[int, Read] = {}
+        self._begun: list[int] = []
+        self._beginnings: Texts | None = None
 
     @torch.inference_mode()
     def logits(self, work: Sequence[tuple[int, int]]) -> Tensor:
@@ -112,7 +95,7 @@ class Prompts:
         Args:
             work: Pairs of prompt and row of the tables; the rows share equally many blocks.
         """
-        return self._pass(self._parts(work), room=0).logits_SV
+        return self._read(work, room=0).logits_SV
 
     @torch.inference_mode()
     def prefill(self, work: Sequence[tuple[int, int]], *, room: int) -> Prefill:
@@ -122,78 +105,84 @@ class Prompts:
             work: Pairs of prompt and row of the tables; the rows share equally many blocks.
             room: Tokens for which the cache keeps memory free.
         """
-        return self._prefill(self._parts(work), room=room)
+        found = self._read(work, room=room)
+        prompts = [prompt for prompt, _ in work]
+        tokens = max(len(self._unsteered.prompts[prompt]) for prompt in prompts) - self._unsteered.prefix
+        shared = self._shared([row for _, row in work])
+        fill(found.cache, self._unsteered.endings, prompts, tokens, blocks=min(shared, self._replica.layers))
+        return found
 
-    def _parts(self, work: Sequence[tuple[int, int]]) -> list[_Part]:
-        self._read_beginnings({row for _, row in work})
+    def _read(self, work: Sequence[tuple[int, int]], *, room: int) -> Prefill:
+        """Read the rest of prompts; the blocks below what is changed leave the cache empty."""
+        rows = [row for _, row in work]
+        self._read_beginnings(sorted(set(rows)))
         prompts, prefix = self._unsteered.prompts, self._unsteered.prefix
-        return [
-            _Part(
-                prompts[prompt][prefix:],
-                self._unsteered.endings[prompt],
-                self._beginnings.get(row),
-                row,
-                len(prompts[prompt]),
-            )
-            for prompt, row in work
-        ]
+        found = self._pass(
+            [prompts[prompt][prefix:] for prompt, _ in work],
+            self._unsteered.endings,
+            [prompt for prompt, _ in work],
+            rows,
+            [len(prompts[prompt]) for prompt, _ in work],
+            room=room,
+        )
+        if self._beginnings is None:
+            return found
+        before = [self._beginnings.fired[self._begun.index(row)] for row in rows]
+        return found._replace(fired=[_sum(*counts) for counts in zip(before, found.fired, strict=True)])
 
-    def _read_beginnings(self, rows: set[int]) -> None:
+    def _read_beginnings(self, rows: list[int]) -> None:
         """The common beginning under each of these configurations, and no others: they come in order."""
         beginning, tokens = self._unsteered.beginning, self._unsteered.prefix
-        if beginning is None:
+        if beginning is None or set(rows) <= set(self._begun):
             return
+        self._beginnings = None
+        number, shared = len(rows), self._shared(rows)
         # Positions counted from the end lie behind the beginning in the shortest prompt, so in all.
         shortest = min(map(len, self._unsteered.prompts))
-        new = sorted(rows - self._beginnings.keys())
-        self._beginnings = {row: self._beginnings[row] for row in rows & self._beginnings.keys()}
-        if new:
-            text = self._unsteered.prompts[0][:tokens]
-            found = self._prefill([_Part(text, beginning, None, row, shortest) for row in new], room=0)
-            for slot, row in enumerate(new):
-                self._beginnings[row] = kept(found, slot, tokens, blocks=self._replica.layers, outputs={})
+        text = self._unsteered.prompts[0][:tokens]
+        found = self._pass([text] * number, beginning, [0] * number, rows, [shortest] * number, room=0)
+        fill(found.cache, beginning, [0] * number, tokens, blocks=min(shared, self._replica.layers))
+        begun = Texts(number, tokens)
+        begun.put(range(number), found, blocks=self._replica.layers, outputs={})
+        self._begun, self._beginnings = rows, begun
 
-    def _prefill(self, parts: Sequence[_Part], *, room: int) -> Prefill:
-        found = self._pass(parts, room=room)
-        shared = min(self._shared(parts), self._replica.layers)
-        fill(found.cache, [part.unsteered for part in parts], shared)
-        fired = [
-            _sum(part.beginning.fired, counts) if part.beginning is not None else counts
-            for part, counts in zip(parts, found.fired, strict=True)
-        ]
-        return found._replace(fired=fired)
-
-    def _shared(self, parts: Sequence[_Part]) -> int:
-        [shared] = {self._tables.shared[part.row] for part in parts}
+    def _shared(self, rows: Sequence[int]) -> int:
+        [shared] = {self._tables.shared[row] for row in rows}
         return shared
 
-    def _pass(self, parts: Sequence[_Part], *, room: int) -> Prefill:
-        """Read from where the configurations begin to differ; the blocks below leave the cache empty."""
-        shared = self._shared(parts)
-        texts = [part.tokens for part in parts]
-        beginnings = [part.beginning for part in parts]
+    def _pass(
+        self,
+        texts: Sequence[Sequence[int]],
+        unsteered: Texts,
+        places: Sequence[int],
+        rows: Sequence[int],
+        prompt_tokens: Sequence[int],
+        *,
+        room: int,
+    ) -> Prefill:
+        """Read texts from where the configurations begin to differ from the unsteered.
+
+        Args:
+            texts: Token ids.
+            unsteered: The same texts, as they were read without steering.
+            places: Which of those each text is.
+            rows: Row of the tables of each text.
+            prompt_tokens: Length of the whole prompt of each text.
+            room: Tokens for which the cache keeps memory free.
+        """
+        shared = self._shared(rows)
+        begun = [self._begun.index(row) for row in rows] if self._beginnings is not None else []
         if shared > self._replica.layers:
-            cache, mask_ST = begin(self._replica, texts, beginnings, room=room)
-            logits_SV = torch.stack([part.unsteered.logits_V for part in parts])
-            return Prefill(cache, mask_ST, logits_SV, [{} for _ in parts])
-        tables = self._tables.take([part.row for part in parts])
-        steering = Steering(tables, [part.prompt_tokens for part in parts])
+            cache, mask_ST = begin(self._replica, texts, self._beginnings, begun, room=room)
+            return Prefill(cache, mask_ST, unsteered.logits_NV[places], [{} for _ in texts])
+        steering = Steering(self._tables.take(rows), prompt_tokens)
         with ExitStack() as hooks:
             if shared:
-                outputs = _padded([part.unsteered.outputs[shared - 1] for part in parts])
-                hooks.enter_context(resumed(self._replica, shared, outputs))
+                output_STD = unsteered.outputs[shared - 1][places, -max(map(len, texts)) :]
+                hooks.enter_context(resumed(self._replica, shared, output_STD))
             hooks.enter_context(steered(self._replica, steering))
-            found = prefill(self._replica, texts, beginnings, room=room)
+            found = prefill(self._replica, texts, self._beginnings, begun, room=room)
         return found._replace(fired=steering.counts())
-
-
-def _padded(outputs: Sequence[Tensor]) -> Tensor:
-    """Shape (S, T, D), padded on the left with zeros."""
-    longest = max(len(output) for output in outputs)
-    padded = outputs[0].new_zeros((len(outputs), longest, outputs[0].shape[1]))
-    for place, output in enumerate(outputs):
-        padded[place, longest - len(output) :] = output
-    return padded
 
 
 def _sum(one: Counts, other: Counts) -> Counts:

@@ -68,11 +68,13 @@ class RowTables:
             unsteered model while the prompt is read, hooks on the last of them left aside; one more than
             there are blocks if the prompt is not changed at all.
         positions: For each row, the positions in the prompt that each of its interventions names.
+        same: For each row, the first row that does the same.
     """
 
     tables: Mapping[Place, Sequence[Table]]
     shared: Sequence[int]
     positions: Sequence[Sequence[tuple[int, ...]]]
+    same: Sequence[int]
 
     @property
     def rows(self) -> int:
@@ -82,7 +84,12 @@ class RowTables:
     def take(self, rows: Sequence[int]) -> "RowTables":
         """The tables of a batch whose sequence s belongs to row `rows[s]`."""
         taken = {place: [table.take(rows) for table in stack] for place, stack in self.tables.items()}
-        return RowTables(taken, [self.shared[row] for row in rows], [self.positions[row] for row in rows])
+        return RowTables(
+            taken,
+            [self.shared[row] for row in rows],
+            [self.positions[row] for row in rows],
+            [self.same[row] for row in rows],
+        )
 
     def intended(self, row: int, prompt_tokens: int, tokens: int) -> Counts:
         """At how many of a text's first `tokens` the tables of each place are meant to change it."""
@@ -116,33 +123,36 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
         SpecError: If an intervention cannot be meant; the message names the row.
     """
     stacks: dict[Place, list[dict[int, Terms]]] = {}
+    shared, contents = [], []
     for row, changes in enumerate(rows):
+        depth = replica.layers + 1
+        content = []
         for change in changes:
             try:
                 found = terms(change, hidden=replica.hidden_size, layers=replica.layers)
             except SpecError as error:
                 raise SpecError(f"row {row}: {error}") from error
-            stack = stacks.setdefault(Place(change.layer, change.site), [])
+            if found.nothing:
+                continue
+            place = Place(change.layer, change.site)
+            stack = stacks.setdefault(place, [])
             free = next((table for table in stack if row not in table), None)
             if free is None:
                 stack.append(free := {})
             free[row] = found
+            content.append((place, found.content))
+            if change.tokens != "generated":
+                depth = min(depth, change.layer + (change.site == "after"))
+        shared.append(depth)
+        contents.append(tuple(content))
     tables = {
         place: [_table(replica, place, table, len(rows)) for table in stack]
         for place, stack in stacks.items()
     }
-    return RowTables(
-        tables,
-        shared=[_shared(replica, changes) for changes in rows],
-        positions=[
-            [change.tokens for change in changes if isinstance(change.tokens, tuple)] for changes in rows
-        ],
-    )
-
-
-def _shared(replica: Replica, changes: Sequence[Intervention]) -> int:
-    reading = [change for change in changes if change.tokens != "generated"]
-    return min((change.layer + (change.site == "after") for change in reading), default=replica.layers + 1)
+    positions = [
+        [change.tokens for change in changes if isinstance(change.tokens, tuple)] for changes in rows
+    ]
+    return RowTables(tables, shared, positions, [contents.index(content) for content in contents])
 
 
 def _table(replica: Replica, place: Place, rows: Mapping[int, Terms], number: int) -> Table:
