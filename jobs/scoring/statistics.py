@@ -1,7 +1,11 @@
-"""Intervals and probabilities of counts: pure functions."""
+"""Intervals, probabilities and agreement of scores: pure functions."""
 
 import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Interval(NamedTuple):
@@ -38,3 +42,85 @@ def chance_probability(successes: int, trials: int) -> float:
         ways = ways * (trials - more + 1) // more
         at_least += ways
     return at_least / (1 << trials)
+
+
+class PairedDifference(NamedTuple):
+    """Mean of first minus second over pairs, and its interval.
+
+    Attributes:
+        mean: Mean difference; NaN without pairs.
+        interval: 95 % bootstrap interval of it; NaN with fewer than two pairs.
+        pairs: Pairs of which both values are defined.
+    """
+
+    mean: float
+    interval: Interval
+    pairs: int
+
+
+_BLOCK = 1 << 20  # draws held in memory at once
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], *, seed: int, resamples: int = 10_000
+) -> PairedDifference:
+    """Mean difference of paired scores, and its 95 % interval by the percentile bootstrap over pairs.
+
+    Pairs are drawn whole and with replacement. Pairs with a value that is not finite are left out and not
+    counted in `pairs`; if they are many, what is compared is no longer the sample.
+
+    Args:
+        first: A score of each item, such as the steered one.
+        second: The other score of the same items in the same order.
+        seed: Seed of the draws: equal seeds and scores give equal intervals.
+        resamples: Number of draws of the whole sample.
+
+    Raises:
+        ValueError: If the lengths differ or `resamples` is below 1.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    if len(first) != len(second) or resamples < 1:
+        raise ValueError(
+            f"{len(first)} and {len(second)} scores, {resamples} resamples; scores come in pairs"
+        )
+    every = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    differences = every[np.isfinite(every)]
+    number = len(differences)
+    if number < 2:
+        mean = float(differences[0]) if number else math.nan
+        return PairedDifference(mean, Interval(math.nan, math.nan), number)
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // number)
+    means = [
+        differences[generator.integers(0, number, size=(min(block, resamples - done), number))].mean(axis=1)
+        for done in range(0, resamples, block)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return PairedDifference(float(differences.mean()), Interval(float(low), float(high)), number)
+
+
+def cohens_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Agreement of two raters beyond chance: 1 = always, 0 = as by chance, below 0 = less.
+
+    Args:
+        first: The category that one rater gives each item.
+        second: Same for the other rater, in the same order.
+
+    Returns:
+        NaN without items, and where both give all items the same one category.
+
+    Raises:
+        ValueError: If the lengths differ.
+
+    Source: Cohen, Educational and Psychological Measurement 20 (1960) 37-46.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} ratings; both raters rate the same items")
+    items = len(first)
+    ones, others = Counter(first), Counter(second)
+    by_chance = sum(count * others[category] for category, count in ones.items())
+    if by_chance == items * items:
+        return math.nan
+    agreed = sum(one == other for one, other in zip(first, second, strict=True))
+    return (agreed * items - by_chance) / (items * items - by_chance)
