@@ -128,7 +128,8 @@ def component_mixture(
     if by_variance:
         weights_K = weights_K * variances[: len(weights)]
     mixture: Tensor = weights_K @ directions[: len(weights)]
-    return mixture / mixture.norm()
+    mixture /= mixture.norm()
+    return mixture
 
 
 def principal_axes(rows_MD: Tensor, *, centred: bool) -> Components:
@@ -168,10 +169,8 @@ def keep_pairs(positive: Tensor, negative: Tensor, keep_N: Tensor) -> tuple[Tens
         ValueError: If the shapes differ, the mask is not one bool a pair, or it keeps nothing.
     """
     if positive.shape != negative.shape or keep_N.shape != positive.shape[:1] or keep_N.dtype != torch.bool:
-        sides = f"{tuple(positive.shape)} and {tuple(negative.shape)}"
-        raise ValueError(
-            f"a mask of {keep_N.dtype} {tuple(keep_N.shape)} for {sides}; it takes a bool a pair"
-        )
+        sides = f"sides {tuple(positive.shape)} and {tuple(negative.shape)}"
+        raise ValueError(f"{sides}, mask {tuple(keep_N.shape)} {keep_N.dtype}; it takes one bool a pair")
     if not bool(keep_N.any()):
         raise ValueError(f"the mask keeps none of {len(keep_N)} pairs")
     return positive[keep_N], negative[keep_N]

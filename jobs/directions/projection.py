@@ -35,9 +35,7 @@ def project_out(direction_D: Tensor, others_KD: Tensor) -> Tensor:
     for _ in range(2):  # the second pass takes what rounding left in the first
         rest = rest - (rest @ basis_RD.T) @ basis_RD
     if rest.norm() <= 100 * torch.finfo(direction.dtype).eps * direction.double().norm():
-        raise ValueError(
-            f"nothing is left of the direction: it lies in the span of the {len(others_KD)} others"
-        )
+        raise ValueError(f"nothing is left of the direction: the {len(others_KD)} others span it")
     return rest.to(direction.dtype)
 
 
@@ -80,7 +78,7 @@ def random_like(directions: Tensor, *, seed: int) -> Tensor:
     like = widened(directions)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-    drawn = drawn / drawn.norm(dim=-1, keepdim=True) * like.cpu().double().norm(dim=-1, keepdim=True)
+    drawn *= like.cpu().double().norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
     return drawn.to(like.device, like.dtype)
 
 
@@ -90,7 +88,7 @@ def _basis(rows_KD: Tensor) -> Tensor:
     norms_K = wide_KD.norm(dim=1)
     unit_KD = wide_KD[norms_K > 0] / norms_K[norms_K > 0, None]
     if len(unit_KD) == 0:
-        return unit_KD
+        return wide_KD[:0]
     _, sizes, axes = torch.linalg.svd(unit_KD, full_matrices=False)
     rounding = 10 * math.sqrt(len(unit_KD)) * torch.finfo(rows_KD.dtype).eps
     independent: Tensor = axes[sizes > rounding]
