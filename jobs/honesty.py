@@ -7,7 +7,7 @@ unsteered model, which every other dose requires.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import extract
 from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
@@ -33,8 +33,8 @@ class Params:
         claims_extract: Claims that the direction comes from.
         claims_select: Claims of the split select.
         claims_report: Claims of the split report.
-        direction: `mean_difference`, or `pca` component `component` with the sign by majority vote.
-        component: Principal component, counted from 0; ignored by `mean_difference`.
+        direction: How it is extracted; the methods of `jobs.extract`.
+        component: Principal component, counted from 0; ignored by other methods.
         offset: Token that activations are taken at, from the end: 1 = the answer's letter.
         max_new_tokens: Most tokens of an answer.
     """
@@ -45,7 +45,7 @@ class Params:
     claims_extract: int = 60
     claims_select: int = 60
     claims_report: int = 60
-    direction: Literal["mean_difference", "pca"] = "mean_difference"
+    direction: extract.MethodName = "mean_difference"
     component: int = 0
     offset: int = 1
     max_new_tokens: int = 4
@@ -125,7 +125,7 @@ def canonical(params: Params) -> Params:
     if params.dose == 0:
         blank = Params(layer=0, dose=0.0)
         return replace(blank, **{name: getattr(params, name) for name in PACK_BY})
-    return replace(params, component=0) if params.direction == "mean_difference" else params
+    return params if params.direction in extract.PRINCIPAL else replace(params, component=0)
 
 
 def _extraction(params: Params) -> extract.Params:
@@ -204,10 +204,11 @@ def _answers(
 
     prompts = [replica.encode_chat(question.user) for question in questions]
     work = [Work(prompt, row) for row in range(tables.rows) for prompt in range(len(prompts))]
-    decoding = Decoding(max_new_tokens=max_new_tokens)
+    decoding = Decoding(max_new_tokens=max_new_tokens, first_logits=True)
     found = generate(replica, prompts, tables, work, decoding)
     for row, replies in in_parts(found, len(prompts)):
-        first_NV = torch.stack([log_probabilities(reply.first_logits_V).cpu() for reply in replies])
+        first = [reply.first_logits_V for reply in replies if reply.first_logits_V is not None]
+        first_NV = log_probabilities(torch.stack(first)).cpu()
         texts = [replica.decode(reply.tokens) for reply in replies]
         yield row, Answers(first_NV, texts, all(reply.finite for reply in replies))
 

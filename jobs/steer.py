@@ -6,7 +6,7 @@ A dose of 0 is the unsteered model: every other dose requires it and is compared
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jobs import extract
 from jobs.data.prompts import Choice, OpenPrompt, load_choices, load_open_prompts
@@ -29,8 +29,8 @@ class Params:
         layer: Block whose output is steered, counted from 0.
         dose: Strength relative to the mean residual norm at that layer; negative steers backwards.
         pairs: Contrast pairs that the direction comes from.
-        direction: `mean_difference`, or `pca` component `component` with the sign by majority vote.
-        component: Principal component, counted from 0; ignored by `mean_difference`.
+        direction: How it is extracted; the methods of `jobs.extract`.
+        component: Principal component, counted from 0; ignored by other methods.
         choices: Dataset of two-way choices.
         choices_select: Choices of the split select.
         choices_report: Choices of the split report.
@@ -43,7 +43,7 @@ class Params:
     layer: int
     dose: float
     pairs: str = "tone_pairs"
-    direction: Literal["mean_difference", "pca"] = "mean_difference"
+    direction: extract.MethodName = "mean_difference"
     component: int = 0
     choices: str = "tone_choices"
     choices_select: int = 40
@@ -128,7 +128,7 @@ def canonical(params: Params) -> Params:
     if params.dose == 0:
         blank = Params(layer=0, dose=0.0)
         return replace(blank, **{name: getattr(params, name) for name in PACK_BY})
-    return replace(params, component=0) if params.direction == "mean_difference" else params
+    return params if params.direction in extract.PRINCIPAL else replace(params, component=0)
 
 
 def _extraction(params: Params) -> extract.Params:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from jobs.directions.contrast import (
 )
 from jobs.directions.probes import lda_direction, logistic_direction
 from jobs.directions.projection import project_out, project_out_tokens, random_like
+from jobs.engine.capture import capture_last
 from jobs.engine.replica import Replica
 from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 
@@ -485,6 +486,21 @@ class TestSeparability:
         assert separability(positive, positive, torch.tensor(known)) == 0.5
 
 
+def _of_differences(component: int) -> Callable[..., torch.Tensor]:
+    return lambda positive, negative: principal_component(positive, negative, component, of="differences")
+
+
+def _mixture(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    return component_mixture(positive, negative, (0.25, -2.0))
+
+
+def _without_words(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    replica = tiny_replica("llama")
+    tokens = [replica.encode_continuation(word)[0] for word in (" warm", " cold")]
+    unembedding = replica.model.get_output_embeddings().weight
+    return project_out_tokens(mean_difference(positive, negative), unembedding, tokens)
+
+
 class TestExtraction:
     @pytest.fixture
     def pairs(self, tmp_path: Path) -> str:
@@ -524,6 +540,57 @@ class TestExtraction:
         assert outcome.metrics["extract"]["separability"] == pytest.approx(
             outcome.tensors["separability"].max()
         )
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({"method": "pca_differences", "component": 1}, _of_differences(1)),
+            ({"method": "pca", "mixture": (0.25, -2.0)}, _mixture),
+            ({"method": "logistic"}, logistic_direction),
+            ({"method": "lda"}, lda_direction),
+            ({"method": "mean_difference", "without_words": (" warm", " cold")}, _without_words),
+        ],
+    )
+    def test_other_methods_are_those_of_the_directions_folder(
+        self, pairs: str, options: dict[str, Any], expected: Callable[..., torch.Tensor]
+    ) -> None:
+        replica = tiny_replica("llama")
+        [outcome] = Artifacts(replica).run("jobs.extract", [extract.Params(pairs=pairs, **options)])
+        rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+        sides = [
+            capture_last(replica, [replica.encode(row[side]) for row in rows])
+            for side in ("positive", "negative")
+        ]
+        for layer in range(LAYERS):
+            direction = expected(*(side[:, layer] for side in sides))
+            found = outcome.tensors["directions"][layer]
+            np.testing.assert_allclose(found, (direction / direction.norm()).numpy(), atol=1e-5)
+
+    def test_a_random_direction_follows_the_seed_and_differs_by_layer(self, pairs: str) -> None:
+        params = extract.Params(pairs=pairs, method="random")
+        one, same, other = (
+            Artifacts(tiny_replica("llama"), seed=seed).run("jobs.extract", [params])[0].tensors["directions"]
+            for seed in (1, 1, 50)
+        )
+        np.testing.assert_array_equal(one, same)
+        assert abs(np.sum(one * other, axis=-1)).max() < 0.9
+        assert abs(np.corrcoef(one)[np.triu_indices(LAYERS, 1)]).max() < 0.9
+
+    def test_it_keeps_how_well_unseen_pairs_are_told_apart_and_where_they_project(self, pairs: str) -> None:
+        [outcome] = Artifacts(tiny_replica("llama")).run("jobs.extract", [extract.Params(pairs=pairs)])
+        auc, accuracy = (outcome.tensors[f"held_out_{name}"] for name in ("auc", "accuracy"))
+        assert auc.shape == accuracy.shape == (LAYERS,)
+        assert ((auc >= 0) & (auc <= 1) & (accuracy >= 0) & (accuracy <= 1)).all()
+        assert outcome.metrics["extract"]["held_out_auc"] == pytest.approx(auc.max())
+        projections = outcome.tensors["projections"]
+        higher = (projections[..., 0] > projections[..., 1]).mean(axis=1)
+        np.testing.assert_allclose(higher, outcome.tensors["separability"])
+
+    def test_a_layer_without_a_direction_fails_by_name(self, pairs: str) -> None:
+        params = extract.Params(pairs=pairs, method="pca", component=40)
+        [outcome] = Artifacts(tiny_replica("llama")).run("jobs.extract", [params])
+        assert outcome.status == "failed"
+        assert "layer 0: component=40" in str(outcome.reason)
 
     def test_a_count_takes_the_first_pairs(self, pairs: str, tmp_path: Path) -> None:
         few = tmp_path / "few.jsonl"

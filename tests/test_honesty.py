@@ -182,7 +182,7 @@ class TestPack:
         passes = Passes(replica.model)
         outcomes = honesty.run(replica, [Row(params, 0) for params in PACK], artifacts)
         handed_over = [passes.count for _ in outcomes]
-        assert len(set(handed_over)) == len(PACK)
+        assert len(set(handed_over)) == len(PACK) - 1  # two rows have no dose
         assert handed_over[0] <= handed_over[-1] / 2
 
 

@@ -5,14 +5,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jobs.engine.groups import groups, in_parts, next_token, once
-from jobs.engine.interventions import Add, Intervention, ProjectOut
+from jobs.engine.interventions import Add, Intervention, ProjectOut, Tokens
+from jobs.engine.prefixes import families
 from jobs.engine.replica import Replica
-from jobs.engine.sharing import common_prefix, resumed
+from jobs.engine.sharing import resumed
 from jobs.engine.tables import Steering, row_tables, steered
 from tests.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_replica
 
+REPLICA: list[Replica] = []
 TEMPLATE = [30, 31, 32, 33]
 PROMPTS = [
     [*TEMPLATE, 8, 9, 10, 11, 12, 13, 14, 15],
@@ -88,16 +92,56 @@ def test_unsteered_prompts_are_kept_for_the_next_call() -> None:
     ("tokens", "prefix"),
     [("all", 4), ("generated", 4), ((0, 5), 4), ((-1,), 4), ((-2,), 4), ((-3,), 3), ((-6,), 0)],
 )
-def test_the_common_beginning_ends_before_positions_counted_from_the_end(tokens: object, prefix: int) -> None:
+def test_the_common_beginning_ends_before_positions_counted_from_the_end(tokens: Tokens, prefix: int) -> None:
     replica = tiny_replica("llama")
-    tables = row_tables(replica, [[], [Add(layer=0, vector=vector(0), tokens=tokens)]])  # type: ignore[arg-type]
-    assert common_prefix(replica, PROMPTS, tables) == prefix
+    tables = row_tables(replica, [[], [Add(layer=0, vector=vector(0), tokens=tokens)]])
+    [family] = families(replica, PROMPTS, range(3), tables)
+    assert (sorted(family.prompts), family.prefix) == ([0, 1, 2], prefix)
 
 
 def test_a_lone_prompt_keeps_one_token_to_be_read() -> None:
     replica = tiny_replica("llama")
-    assert common_prefix(replica, [TEMPLATE], row_tables(replica, [[]])) == len(TEMPLATE) - 1
-    assert common_prefix(replica, [[7]], row_tables(replica, [[]])) == 0
+    for prompt in (TEMPLATE, [7]):
+        [family] = families(replica, [prompt], [0], row_tables(replica, [[]]))
+        assert family.prefix == len(prompt) - 1
+
+
+def test_prompts_are_cut_where_two_long_beginnings_save_more_than_a_short_one() -> None:
+    replica = tiny_replica("llama")
+    heads = [[5, *range(10, 30)], [5, *range(40, 60)]]
+    prompts = [[*heads[number % 2], 60 + number] for number in range(20)] + [[5, 99]]
+    found = families(replica, prompts, range(21), row_tables(replica, [[]]))
+    assert [(sorted(family.prompts), family.prefix) for family in found if len(family.prompts) > 1] == [
+        (list(range(0, 20, 2)), 21),
+        (list(range(1, 20, 2)), 21),
+    ]
+    few = families(replica, prompts, [0, 1, 20], row_tables(replica, [[]]))
+    assert [(sorted(family.prompts), family.prefix) for family in few] == [([0, 1, 20], 1)]
+
+
+def test_windows_of_attention_share_no_beginning() -> None:
+    replica = tiny_replica("mistral")
+    [family] = families(replica, PROMPTS, range(3), row_tables(replica, [[]]))
+    assert family.prefix == 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=90), min_size=1, max_size=30),
+    st.integers(1, 4),
+)
+@settings(max_examples=60)
+def test_every_prompt_is_in_one_family_and_begins_as_its_family_does(
+    prompts: list[list[int]], rest: int
+) -> None:
+    replica = tiny_replica("llama") if not REPLICA else REPLICA[0]
+    REPLICA[:] = [replica]
+    row = [Add(layer=0, vector=vector(0), tokens=(-rest,))]
+    found = families(replica, prompts, range(len(prompts)), row_tables(replica, [row]))
+    assert sorted(prompt for family in found for prompt in family.prompts) == list(range(len(prompts)))
+    for family in found:
+        assert len({tuple(prompts[prompt][: family.prefix]) for prompt in family.prompts}) == 1
+        shortest = min(len(prompts[prompt]) for prompt in family.prompts)
+        assert family.prefix <= max(0, shortest - rest)
 
 
 @pytest.mark.parametrize("most", [1, 2, 7])

@@ -46,12 +46,14 @@ class Decoding:
         sampling: How tokens are chosen.
         stops: Whether a stop token ends a completion; without it every one gets all its tokens.
         slots: Most sequences of the batch.
+        first_logits: Whether the logits of the first new token are handed over.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stops: bool = True
     slots: int = 64
+    first_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.slots < 1:
@@ -65,13 +67,13 @@ class Continuation(NamedTuple):
 
     Attributes:
         tokens: New tokens, up to and without the first stop token.
-        first_logits_V: Logits of the first new token, the model's dtype.
+        first_logits_V: Logits of the first new token, the model's dtype; None if not asked for.
         finite: Whether all logits were finite; if not, the tokens end before the first that were not.
         fired: What was changed, the prompt's tokens included.
     """
 
     tokens: list[int]
-    first_logits_V: Tensor
+    first_logits_V: Tensor | None
     finite: bool
     fired: Counts
 
@@ -157,7 +159,6 @@ class _Slot:
             self.fired[place] = self.fired.get(place, 0) + number
 
     def result(self) -> Continuation:
-        assert self.first_logits_V is not None
         return Continuation(self.new, self.first_logits_V, self.finite, self.fired)
 
 
@@ -199,7 +200,7 @@ class _Batch:
         self._slots += slots
         for slot, counts, logits_V in zip(slots, found.fired, found.logits_SV, strict=True):
             slot.count(counts)
-            slot.first_logits_V = logits_V
+            slot.first_logits_V = logits_V.clone() if self._decoding.first_logits else None
         self._choose(slots, found.logits_SV)
 
     def _choose(self, slots: Sequence[_Slot], logits_SV: Tensor) -> None:

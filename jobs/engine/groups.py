@@ -6,8 +6,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from jobs.engine.memory import Found, within_memory
+from jobs.engine.prefixes import Family, families
 from jobs.engine.replica import Replica
-from jobs.engine.sharing import Prompts, Unsteered, common_prefix
+from jobs.engine.sharing import Prompts, Unsteered
 from jobs.engine.tables import RowTables
 
 
@@ -104,15 +105,23 @@ def groups(
     replica's memory allows.
     """
     used = sorted({prompt for prompt, _ in work})
-    prefix = common_prefix(replica, [prompts[prompt] for prompt in used], tables)
     needs = _Needs.of(replica, tables, sorted({row for _, row in work}))
-    for chunk in _chunks(replica, prompts, used, needs):
-        texts = [prompts[prompt] for prompt in chunk]
-        reader = Prompts(replica, _unsteered(replica, texts, prefix, needs), tables)
-        place = {prompt: number for number, prompt in enumerate(chunk)}
-        members = [index for index, (prompt, _) in enumerate(work) if prompt in place]
-        for cut in _cut(replica, prompts, tables, work, members, prefix, most):
-            yield Group(reader, cut, [(place[work[index][0]], work[index][1]) for index in cut])
+    for chunk in _chunks(replica, prompts, families(replica, prompts, used, tables), needs):
+        readers = [Prompts(replica, _unsteered(replica, prompts, family, needs), tables) for family in chunk]
+        home = {
+            prompt: (number, place)
+            for number, family in enumerate(chunk)
+            for place, prompt in enumerate(family.prompts)
+        }
+        pieces = [
+            _Piece(index, tables.shared[row], row, home[prompt][0], len(prompts[prompt]))
+            for index, (prompt, row) in enumerate(work)
+            if prompt in home
+        ]
+        for cut in _cut(pieces, [family.prefix for family in chunk], most, replica.token_budget):
+            members = [piece.number for piece in cut]
+            pairs = [(home[work[index][0]][1], work[index][1]) for index in members]
+            yield Group(readers[cut[0].family], members, pairs)
 
 
 class _Needs(NamedTuple):
@@ -136,58 +145,63 @@ class _Needs(NamedTuple):
         return replica.cache_bytes * self.blocks // replica.layers + replica.state_bytes * len(self.layers)
 
 
-def _unsteered(replica: Replica, prompts: Sequence[Sequence[int]], prefix: int, needs: _Needs) -> Unsteered:
-    """The prompts as they are read without steering; kept for the next pack where they are not too large."""
+def _unsteered(
+    replica: Replica, prompts: Sequence[Sequence[int]], family: Family, needs: _Needs
+) -> Unsteered:
+    """A family as it is read without steering; kept for the next pack where it is not too large."""
+    texts = [prompts[prompt] for prompt in family.prompts]
     everything = _Needs(replica.layers, tuple(range(replica.layers)))
-    if sum(map(len, prompts)) * everything.bytes_a_token(replica) > replica.memory // 4:
-        return Unsteered(replica, prompts, prefix=prefix, blocks=needs.blocks, layers=needs.layers)
-    return replica.keep(
-        (Unsteered, tuple(map(tuple, prompts)), prefix),
-        lambda: Unsteered(
-            replica, prompts, prefix=prefix, blocks=everything.blocks, layers=everything.layers
-        ),
-    )
+
+    def read(needs: _Needs) -> Unsteered:
+        return Unsteered(replica, texts, prefix=family.prefix, blocks=needs.blocks, layers=needs.layers)
+
+    if sum(map(len, texts)) * everything.bytes_a_token(replica) > replica.memory // 8:
+        return read(needs)
+    return replica.keep((Unsteered, tuple(map(tuple, texts)), family.prefix), lambda: read(everything))
 
 
 def _chunks(
-    replica: Replica, prompts: Sequence[Sequence[int]], used: Sequence[int], needs: _Needs
-) -> Iterator[list[int]]:
+    replica: Replica, prompts: Sequence[Sequence[int]], found: Sequence[Family], needs: _Needs
+) -> Iterator[list[Family]]:
+    """Families, or parts of them, that fit into memory together."""
     budget = max(1, replica.memory // 2 // max(1, needs.bytes_a_token(replica)))
-    chunk: list[int] = []
+    chunk: list[Family] = []
     tokens = 0
-    for prompt in used:
-        if chunk and tokens + len(prompts[prompt]) > budget:
-            yield chunk
-            chunk, tokens = [], 0
-        chunk.append(prompt)
-        tokens += len(prompts[prompt])
-    if chunk:
-        yield chunk
+    for family in found:
+        part = Family([], family.prefix)
+        chunk.append(part)
+        for prompt in family.prompts:
+            if tokens and tokens + len(prompts[prompt]) > budget:
+                yield [each for each in chunk if each.prompts]
+                part = Family([], family.prefix)
+                chunk, tokens = [part], 0
+            part.prompts.append(prompt)
+            tokens += len(prompts[prompt])
+    yield chunk
+
+
+class _Piece(NamedTuple):
+    """A piece of work, to be put in order."""
+
+    number: int
+    shared: int
+    row: int
+    family: int
+    tokens: int
 
 
 def _cut(
-    replica: Replica,
-    prompts: Sequence[Sequence[int]],
-    tables: RowTables,
-    work: Sequence[tuple[int, int]],
-    members: Sequence[int],
-    prefix: int,
-    most: int,
-) -> Iterator[list[int]]:
-    def length(index: int) -> int:
-        return len(prompts[work[index][0]]) - prefix
-
-    def depth(index: int) -> int:
-        return tables.shared[work[index][1]]
-
-    cut: list[int] = []
+    pieces: Sequence[_Piece], prefixes: Sequence[int], most: int, token_budget: int
+) -> Iterator[list[_Piece]]:
+    cut: list[_Piece] = []
     longest = 0
-    for index in sorted(members, key=lambda index: (depth(index), work[index][1], -length(index))):
-        longest = max(longest, length(index))
-        full = len(cut) == most or (len(cut) + 1) * longest > replica.token_budget
-        if cut and (full or depth(index) != depth(cut[0])):
+    for piece in sorted(pieces, key=lambda piece: (*piece[1:4], -piece.tokens, piece.number)):
+        tokens = piece.tokens - prefixes[piece.family]
+        longest = max(longest, tokens)
+        full = len(cut) == most or (len(cut) + 1) * longest > token_budget
+        if cut and (full or (piece.shared, piece.family) != (cut[0].shared, cut[0].family)):
             yield cut
-            cut, longest = [], length(index)
-        cut.append(index)
+            cut, longest = [], tokens
+        cut.append(piece)
     if cut:
         yield cut

@@ -6,7 +6,6 @@ values of that beginning, once for each configuration.
 S sequences, T tokens, D hidden, V vocabulary.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +26,7 @@ class Unsteered:
     Args:
         replica: The model.
         prompts: Token ids.
-        prefix: Number of first tokens that all prompts have in common; see `common_prefix`.
+        prefix: Number of first tokens that all prompts have in common; see `prefixes.families`.
         blocks: Keys and values of so many blocks, from the bottom, are kept.
         layers: Outputs of these blocks are kept.
 
@@ -187,20 +186,6 @@ class Prompts:
 
 def _sum(one: Counts, other: Counts) -> Counts:
     return {place: one.get(place, 0) + other.get(place, 0) for place in one.keys() | other.keys()}
-
-
-def common_prefix(replica: Replica, prompts: Sequence[Sequence[int]], tables: RowTables) -> int:
-    """Number of first tokens that may be read once for all prompts.
-
-    The rest is at least one token, and holds all positions that configurations count from the end. 0 where
-    the model's windows of attention would see the padding that stands between the beginning and the rest.
-    """
-    if getattr(replica.model.config.get_text_config(), "sliding_window", None):
-        return 0
-    rest = max((-at for row in tables.positions for positions in row for at in positions), default=1)
-    longest = min(len(prompt) for prompt in prompts) - max(1, rest)
-    agreeing = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(max(0, longest), sum(1 for _ in agreeing))
 
 
 @contextmanager
