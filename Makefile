@@ -1,4 +1,4 @@
-# make install | demo | test | lint | lock
+# make install | demo | test | lint | bench-steering | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint lock
+.PHONY: install demo test lint bench-steering lock
 
 install: $(STAMP)
 
@@ -47,7 +47,11 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy jobs orchestrator search_spaces storage
+	$(BIN)/mypy
+
+# About half an hour on 2 cores; writes benchmarks/results/steering.json.
+bench-steering: install
+	$(BIN)/python -m benchmarks.steering
 
 # Writes requirements.lock from the pins in pyproject.toml; [tool.uv] there says what is left out, and why.
 # Indirect packages stay as they are locked; `make lock UPGRADE=--upgrade` moves them to their newest.

@@ -4,7 +4,6 @@ Every claim is asked with two lettered choices whose order alternates. A dose of
 unsteered model, which every other dose requires.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,50 +12,37 @@ from jobs import extract
 from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.steering import Steering, canonical_steering, interventions, without_steering
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.engine.interventions import Add
     from jobs.engine.replica import Replica
     from jobs.engine.tables import RowTables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
+class Params(Steering):
     """A direction, where and how strongly it is added, and the claims it is read on.
 
     Attributes:
-        layer: Block whose output is steered, counted from 0.
-        dose: Strength relative to the mean residual norm at that layer; negative steers backwards.
         claims: Dataset of labelled claims; its splits do not overlap.
         claims_extract: Claims that the direction comes from.
         claims_select: Claims of the split select.
         claims_report: Claims of the split report.
-        direction: How it is extracted; the methods of `jobs.extract`.
-        component: Principal component, counted from 0; ignored by other methods.
         offset: Token that activations are taken at, from the end: 1 = the answer's letter.
         max_new_tokens: Most tokens of an answer.
     """
 
-    layer: int
-    dose: float
     claims: str = "claims"
     claims_extract: int = 60
     claims_select: int = 60
     claims_report: int = 60
-    direction: extract.MethodName = "mean_difference"
-    component: int = 0
     offset: int = 1
     max_new_tokens: int = 4
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise ValueError(f"layer={self.layer}; layers are counted from 0")
-        if self.component < 0:
-            raise ValueError(f"component={self.component}; components are counted from 0")
-        if not math.isfinite(self.dose):
-            raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
+        self.check_steering()
         for name in ("claims_extract", "claims_select", "claims_report", "max_new_tokens", "offset"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
@@ -93,7 +79,7 @@ METRICS = {
 }
 PACK_BY = ("claims", "claims_extract", "claims_select", "claims_report", "max_new_tokens")
 DATA = ("claims",)
-LAYERS = ("layer",)
+LAYERS = ("layer", "layers")
 
 
 def size(params: Params) -> Size:
@@ -103,8 +89,8 @@ def size(params: Params) -> Size:
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """The direction, and the unsteered reading of the same claims."""
-    if params.dose == 0:
+    """The directions, and the unsteered reading of the same claims."""
+    if params.is_unsteered:
         return ()
     return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
 
@@ -121,11 +107,10 @@ def _questions(params: Params) -> list[ClaimQuestion]:
 
 
 def canonical(params: Params) -> Params:
-    """A dose of 0 is the same work at every layer and in every direction."""
-    if params.dose == 0:
-        blank = Params(layer=0, dose=0.0)
-        return replace(blank, **{name: getattr(params, name) for name in PACK_BY})
-    return params if params.direction in extract.PRINCIPAL else replace(params, component=0)
+    """The unsteered model is the same work at every layer and in every direction."""
+    if params.is_unsteered:
+        return without_steering(params, shared=PACK_BY)
+    return canonical_steering(params)
 
 
 def _extraction(params: Params) -> extract.Params:
@@ -141,7 +126,7 @@ def _extraction(params: Params) -> extract.Params:
 
 
 def _unsteered(params: Params) -> Requirement:
-    return Requirement(job=__name__, params=canonical(replace(params, dose=0.0)))
+    return Requirement(job=__name__, params=without_steering(params, shared=PACK_BY))
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -161,15 +146,17 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     questions = [question for question in _questions(rows[0].params) if question.split != "extract"]
     letters = [_letter_token(replica, letter) for letter in LETTERS]
-    tables = row_tables(replica, [_additions(context, row.params) for row in rows])
-    steered = [row.params for row in rows if row.params.dose != 0]
+    tables = row_tables(
+        replica, [interventions(context, row.params, _extraction(row.params)) for row in rows]
+    )
+    steered = [row.params for row in rows if not row.params.is_unsteered]
     before = context.artifact(_unsteered(steered[0]))["log_probabilities"] if steered else None
     reference_NV = None if before is None else torch.tensor(before)
     for index, answers in _answers(replica, questions, tables, rows[0].params.max_new_tokens):
         if not answers.finite:
             reason = "the model's logits are not finite; use a smaller dose, or a wider dtype"
             yield index, Outcome(status=Status.FAILED, reason=reason)
-        elif reference_NV is None or rows[index].params.dose == 0:
+        elif reference_NV is None or rows[index].params.is_unsteered:
             outcome = _outcome(questions, answers, letters, answers.first_NV)
             yield index, replace(outcome, tensors={"log_probabilities": answers.first_NV.numpy()})
         else:
@@ -181,15 +168,6 @@ def _letter_token(replica: "Replica", letter: str) -> int:
     if len(tokens) != 1:
         raise SpecError(f"{letter!r} is {len(tokens)} tokens of this model; answer letters take one token")
     return tokens[0]
-
-
-def _additions(context: Context, params: Params) -> "list[Add]":
-    from jobs.engine.interventions import Add
-
-    if params.dose == 0:
-        return []
-    direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
-    return [Add(layer=params.layer, vector=direction * multiplier)]
 
 
 def _answers(

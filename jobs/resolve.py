@@ -32,6 +32,7 @@ _REQUIRED_NAMES = (
     "canonical",
     "run",
 )
+_LOADER = "jobs.engine.loading"
 _ASSETS = Path(__file__).parent / "data" / "assets"
 _ASSET_SUFFIXES = (".jsonl", ".csv", ".txt")
 
@@ -90,7 +91,7 @@ def make_params(job: str, values: Mapping[str, Any]) -> Any:
 def _convert(job: str, name: str, value: Any, hint: Any) -> Any:
     if _matches(value, hint):
         return tuple(value) if isinstance(value, list) else value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
         return float(value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
     raise SpecError(f"{job}: {name}={value!r} is a {type(value).__name__}; it takes {expected}")
@@ -164,6 +165,8 @@ def data_hash(name: str) -> str:
 def code_version(job: str) -> str:
     """Hash of the job's syntax tree and of every `jobs` module it reaches, and of torch and transformers.
 
+    The module that loads a job's replica counts, although no job imports it.
+
     Comments, docstrings and layout do not count, so that a better comment recomputes nothing.
     """
     digest = hashlib.sha256()
@@ -184,7 +187,7 @@ def _installed_version(library: str) -> str:
 
 def _reachable(root: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    waiting = [root]
+    waiting = [root, _LOADER]
     while waiting:
         name = waiting.pop()
         spec = importlib.util.find_spec(name)

@@ -40,14 +40,17 @@ class ModelRef:
     Attributes:
         id: Hugging Face id, a folder, or a name that `steersweep models add` knows.
         revision: Commit or tag of the hub; None for a folder.
-        dtype: Name of the floating-point type of the weights: float32, float64, bfloat16, float16.
+        dtype: Type of the weights: float32, float64, bfloat16, float16, or quantised int8, int4.
         trust_remote_code: Whether the model's own Python code may run.
+        weights: Hash of the files of a folder (`jobs.fingerprint`); None where `revision` says which they
+            are.
     """
 
     id: str
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +159,20 @@ class Context(Protocol):
 
     def artifact(self, requirement: Requirement) -> Mapping[str, np.ndarray]:
         """Read-only arrays of a required artifact, by tensor name."""
+
+    def write(self, row: int, name: str, chunk: Mapping[str, Any]) -> None:
+        """Store rows of a table now, for tables that are too large to wait in an outcome.
+
+        They become visible together with the row's outcome. What was written for a row that fails, or
+        never has an outcome, is dropped.
+
+        Args:
+            row: Which row of the pack; its outcome is still to come.
+            name: Table of `storage/schema.py`, such as `activations`.
+            chunk: Column -> an array or list with one entry a row of the table, for vectors a float array
+                of shape (rows, width), stored as float32; or one value that all its rows share. Arrays
+                are copied.
+        """
 
     @property
     def stop_requested(self) -> bool:

@@ -3,34 +3,30 @@
 A dose of 0 is the unsteered model: every other dose requires it and is compared with it.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs import extract
 from jobs.data.prompts import Choice, OpenPrompt, load_choices, load_open_prompts
 from jobs.resolve import data_hash
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.steering import Steering, canonical_steering, interventions, vector_rows, without_steering
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jobs.engine.interventions import Add
+    from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
     from jobs.readout import Panel, Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
+class Params(Steering):
     """A direction, where and how strongly it is added, and the prompts it is read on.
 
     Attributes:
-        layer: Block whose output is steered, counted from 0.
-        dose: Strength relative to the mean residual norm at that layer; negative steers backwards.
         pairs: Contrast pairs that the direction comes from.
-        direction: How it is extracted; the methods of `jobs.extract`.
-        component: Principal component, counted from 0; ignored by other methods.
         choices: Dataset of two-way choices.
         choices_select: Choices of the split select.
         choices_report: Choices of the split report.
@@ -40,11 +36,7 @@ class Params:
         max_new_tokens: Most tokens of a completion.
     """
 
-    layer: int
-    dose: float
     pairs: str = "tone_pairs"
-    direction: extract.MethodName = "mean_difference"
-    component: int = 0
     choices: str = "tone_choices"
     choices_select: int = 40
     choices_report: int = 16
@@ -54,12 +46,7 @@ class Params:
     max_new_tokens: int = 20
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise ValueError(f"layer={self.layer}; layers are counted from 0")
-        if self.component < 0:
-            raise ValueError(f"component={self.component}; components are counted from 0")
-        if not math.isfinite(self.dose):
-            raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
+        self.check_steering()
         for name in (
             "choices_select",
             "choices_report",
@@ -73,7 +60,7 @@ class Params:
 
 METRICS = {
     "log_odds": Metric("nats", "mean log-odds of the positive over the negative continuation"),
-    "effect": Metric("nats", "shift of log_odds from unsteered, counted in the direction of the dose's sign"),
+    "effect": Metric("nats", "shift of log_odds from unsteered, towards the side that is steered to"),
     "kl": Metric("nats", "mean KL(unsteered || steered) of the next token after each choice"),
     "nll": Metric("nats/token", "mean negative log-likelihood of the completions under the unsteered model"),
     "repetition": Metric("share", "mean share of repeated trigrams in the completions"),
@@ -92,7 +79,7 @@ PACK_BY = (
     "max_new_tokens",
 )
 DATA = ("pairs", "choices", "prompts")
-LAYERS = ("layer",)
+LAYERS = ("layer", "layers")
 _COMPARED = ("log_odds", "nll", "repetition", "empty")
 
 
@@ -104,8 +91,8 @@ def size(params: Params) -> Size:
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """The direction, and the unsteered reading of the same prompts."""
-    if params.dose == 0:
+    """The directions, and the unsteered reading of the same prompts."""
+    if params.is_unsteered:
         return ()
     return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
 
@@ -124,11 +111,10 @@ def _read_prompts(params: Params) -> tuple[list[Choice], list[OpenPrompt]]:
 
 
 def canonical(params: Params) -> Params:
-    """A dose of 0 is the same work at every layer and in every direction."""
-    if params.dose == 0:
-        blank = Params(layer=0, dose=0.0)
-        return replace(blank, **{name: getattr(params, name) for name in PACK_BY})
-    return params if params.direction in extract.PRINCIPAL else replace(params, component=0)
+    """The unsteered model is the same work at every layer and in every direction."""
+    if params.is_unsteered:
+        return without_steering(params, shared=PACK_BY)
+    return canonical_steering(params)
 
 
 def _extraction(params: Params) -> extract.Params:
@@ -137,7 +123,7 @@ def _extraction(params: Params) -> extract.Params:
 
 
 def _unsteered(params: Params) -> Requirement:
-    return Requirement(job=__name__, params=canonical(replace(params, dose=0.0)))
+    return Requirement(job=__name__, params=without_steering(params, shared=PACK_BY))
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -151,18 +137,16 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     from jobs.engine.tables import row_tables
 
     panel = _panel(replica, rows[0].params)
-    steered = [index for index, row in enumerate(rows) if row.params.dose != 0]
-    additions = {index: _addition(context, rows[index].params) for index in steered}
-    tables = row_tables(
-        replica, [[additions[index]] if index in additions else [] for index in range(len(rows))]
-    )
-    before = context.artifact(_unsteered(rows[steered[0]].params)) if steered else None
+    changes = [interventions(context, row.params, _extraction(row.params)) for row in rows]
+    steered = [row.params for row in rows if not row.params.is_unsteered]
+    before = context.artifact(_unsteered(steered[0])) if steered else None
     reference = torch.tensor(before["log_probabilities"]) if before is not None else panel.unsteered()
-    for index, reading in panel.read(tables, reference):
-        if index in additions and before is not None:
-            yield index, _steered_outcome(panel, reading, rows[index].params, additions[index], before)
-        else:
+    for index, reading in panel.read(row_tables(replica, changes), reference):
+        params = rows[index].params
+        if params.is_unsteered or before is None:
             yield index, _unsteered_outcome(panel, reading, reference.numpy())
+        else:
+            yield index, _steered_outcome(panel, reading, params, changes[index], before)
 
 
 def _panel(replica: "Replica", params: Params) -> "Panel":
@@ -174,13 +158,6 @@ def _panel(replica: "Replica", params: Params) -> "Panel":
         (__name__, shared, data),
         lambda: Panel(replica, *_read_prompts(params), max_new_tokens=params.max_new_tokens),
     )
-
-
-def _addition(context: Context, params: Params) -> "Add":
-    from jobs.engine.interventions import Add
-
-    direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
-    return Add(layer=params.layer, vector=direction * multiplier)
 
 
 def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "np.ndarray") -> Outcome:
@@ -203,11 +180,9 @@ def _steered_outcome(
     panel: "Panel",
     reading: "Reading",
     params: Params,
-    addition: "Add",
+    changes: "Sequence[AnyIntervention]",
     before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
-    import numpy as np
-
     from jobs.readout import read_tables, split_means
 
     if not reading.finite:
@@ -217,15 +192,9 @@ def _steered_outcome(
     metrics = split_means(panel, reading)
     for split, found in metrics.items():
         rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}
-        found["effect"] = float(np.sign(params.dose)) * rise["log_odds"]
+        found["effect"] = params.sign * rise["log_odds"]
         found["damage"] = sum(_rise(rise[name]) for name in ("nll", "repetition", "empty"))
-    vector = {
-        "name": "addition",
-        "layer": addition.layer,
-        "norm": float(np.linalg.norm(addition.vector)),
-        "vector": addition.vector.astype(np.float32),
-    }
-    return Outcome(metrics=metrics, tables={**read_tables(panel, reading), "vectors": [vector]})
+    return Outcome(metrics=metrics, tables={**read_tables(panel, reading), "vectors": vector_rows(changes)})
 
 
 def _rise(difference: float) -> float:

@@ -1,5 +1,6 @@
 """How a sweep is run: the fields that `run` and `--set` take."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from jobs import catalog
 from jobs.errors import SpecError
+from jobs.fingerprint import commit, fingerprint
 from jobs.spec import ModelRef
 from search_spaces.base import Sampler
 
@@ -17,15 +19,17 @@ class RunConfig(BaseModel):
 
     Attributes:
         model: Hugging Face id with an optional `@revision`, a folder, or a name for `models add`.
-        dtype: Floating-point type of the weights.
+        dtype: Type of the weights; int8 and int4 are quantised as they are loaded.
         trust_remote_code: Whether the model's own Python code may run.
         seed: Seed of the sampler and of every row.
         sampler: Overrides the space's sampler.
         trials: Overrides the space's number of trials.
         workers: Replicas, each in a Ray actor of its own.
         cpus_per_worker: CPU cores of a worker; also torch's threads.
-        gpus_per_worker: GPUs of a worker; 0 runs on the CPU.
+        gpus_per_worker: GPUs of a worker; 0 runs on the CPU, more than 1 spread one model over several.
         token_budget: Most tokens of one forward pass.
+        memory_gib: For keys, values and activations that a worker keeps, GiB; None takes 0.4 of what is free
+            on its GPUs once the weights are there, and 1 GiB on a CPU.
         max_pack: Most trials of one pack.
         max_attempts: Tries at a pack whose worker dies; the last one is alone.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
@@ -34,7 +38,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field("smollm2-135m", min_length=1)
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "float64", "bfloat16", "float16", "int8", "int4"] = "float32"
     trust_remote_code: bool = False
     seed: int = Field(0, ge=0)
     sampler: Sampler | None = None
@@ -43,6 +47,7 @@ class RunConfig(BaseModel):
     cpus_per_worker: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0, allow_inf_nan=False)
     token_budget: int = Field(8192, ge=1)
+    memory_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)
     mlflow: str | None = None
@@ -69,13 +74,28 @@ class RunConfig(BaseModel):
         path = value.removeprefix("sqlite:///")
         return value if path == value else f"sqlite:///{Path(path).resolve()}"
 
-    @property
+    @cached_property
     def model_ref(self) -> ModelRef:
-        """The model as jobs name it."""
+        """The model as jobs name it, with the hash of its files as they are when this is first read.
+
+        Raises:
+            ModelError: If a file of the model's folder cannot be read.
+        """
         name, _, revision = (self.model, "", "") if Path(self.model).is_dir() else self.model.partition("@")
         return ModelRef(
-            id=name, revision=revision or None, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+            id=name,
+            revision=revision or None,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            weights=fingerprint(name),
         )
+
+    def pinned(self) -> "RunConfig":
+        """The same with the commit of a Hugging Face id, where this machine knows it: a branch may move."""
+        found = commit(self.model_ref)
+        if found in (None, self.model_ref.revision):
+            return self
+        return RunConfig(**self.model_dump() | {"model": f"{self.model_ref.id}@{found}"})
 
 
 _WEB = ("http", "https")

@@ -38,6 +38,7 @@ def run_sweep(
     """
     started = time.monotonic()
     check_space(file.space, config.model_ref)
+    config = config.pinned()
     trials = planned_trials(file.space, config)
     folder = folder.resolve()
     check_free(folder, file, config)

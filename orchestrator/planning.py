@@ -48,7 +48,7 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
     """Refuse to go on with trials that would mean other work now than when they were asked for.
 
     Raises:
-        SpecError: If the job's code, a library under it or a dataset has changed.
+        SpecError: If the model's files, the job's code, a library under it or a dataset has changed.
     """
     for trial in asked:
         now, then = planner.spec(trial.params), trial.spec
@@ -56,6 +56,8 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
             continue
         data = sorted(str(now.params[name]) for name in now.data if now.data[name] != then.data.get(name))
         what = f"data of {data}" if data else f"code of {then.job}, or torch or transformers under it,"
+        if now.model != then.model:
+            what = f"model {now.model.id} (its weights, tokenizer or configuration)"
         raise SpecError(
             f"the {what} changed since trial {trial.trial} was asked for, and old and new trials could not "
             "be compared; put it back, or start anew with another --out"

@@ -31,13 +31,23 @@ _MAX_DEATHS = 20
 class WorkerActor:
     """A `Worker` inside a Ray actor."""
 
-    def __init__(self, folder: str, model: ModelRef, *, cpus: int, gpu: bool, token_budget: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        model: ModelRef,
+        *,
+        cpus: int,
+        gpus: float,
+        token_budget: int,
+        memory: int | None,
+    ) -> None:
         logging.basicConfig(level=logging.WARNING)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
 
         torch.set_num_threads(cpus)
-        self._worker = Worker(Path(folder), model, device="cuda" if gpu else "cpu", token_budget=token_budget)
+        device = "auto" if gpus > 1 else "cuda" if gpus > 0 else "cpu"
+        self._worker = Worker(Path(folder), model, device=device, token_budget=token_budget, memory=memory)
 
     @ray.method(concurrency_group="control")
     def ready(self) -> bool:
@@ -86,8 +96,9 @@ class RayPool:
             str(self._folder),
             config.model_ref,
             cpus=config.cpus_per_worker,
-            gpu=config.gpus_per_worker > 0,
+            gpus=config.gpus_per_worker,
             token_budget=config.token_budget,
+            memory=None if config.memory_gib is None else int(config.memory_gib * 2**30),
         )
         self._actors[name] = actor
         self._waiting[actor.ready.remote()] = name

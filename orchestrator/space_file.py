@@ -166,7 +166,10 @@ def _check_layers(space: Space, model: ModelRef) -> None:
     layers = catalog.count_layers(model)
     for name in load_job(space.job).LAYERS:
         values = _extremes(space.parameters[name]) if name in space.parameters else [space.fixed.get(name)]
-        for value in values:
+        named = [
+            each for value in values for each in (value if isinstance(value, (tuple, list)) else [value])
+        ]
+        for value in named:
             if layers is not None and isinstance(value, int) and not 0 <= value < layers:
                 raise SpecError(f"{name}={value}: the model {model.id} has the layers 0 to {layers - 1}")
 
@@ -205,5 +208,5 @@ def column_types(space: Space) -> dict[str, str]:
         if (kinds <= {int, float} and float in kinds) or isinstance(domain, Float):
             types[name] = "DOUBLE"
         else:
-            types[name] = _SQL_TYPES[kinds.pop()] if len(kinds) == 1 else "VARCHAR"
+            types[name] = _SQL_TYPES.get(kinds.pop(), "VARCHAR") if len(kinds) == 1 else "VARCHAR"
     return types

@@ -16,7 +16,7 @@ from jobs.spec import ModelRef, Outcome, Requirement, Row
 from orchestrator.pool import Delivery, Finished, Order
 from storage.artifacts import Artifact, read_artifact, write_artifact
 from storage.durable import StoreError
-from storage.parquet import to_arrow, write_table
+from storage.parquet import TableFile, TableStream, to_arrow, write_table
 from storage.store import Part, StoredResult
 
 _FLUSH_SECONDS = 1.0
@@ -26,7 +26,7 @@ _CACHED_ARTIFACTS = 16
 class LoadReplica(Protocol):
     """How a worker gets its model."""
 
-    def __call__(self, ref: ModelRef, *, device: str, token_budget: int) -> Any:
+    def __call__(self, ref: ModelRef, *, device: str, token_budget: int, memory: int | None) -> Any:
         """Load it; the job knows what it is."""
 
 
@@ -38,6 +38,7 @@ class Worker:
         model: The weights to load, once.
         device: Where to load them.
         token_budget: Most tokens of one forward pass.
+        memory: Bytes for keys, values and activations that are kept; None leaves it to the loader.
         load: Loads the replica.
     """
 
@@ -48,11 +49,12 @@ class Worker:
         *,
         device: str,
         token_budget: int,
+        memory: int | None = None,
         load: LoadReplica | None = None,
     ) -> None:
         self._folder = folder
-        loader = load or importlib.import_module("jobs.engine.replica").load_replica
-        self._replica = loader(model, device=device, token_budget=token_budget)
+        loader = load or importlib.import_module("jobs.engine.loading").load_replica
+        self._replica = loader(model, device=device, token_budget=token_budget, memory=memory)
         self._cache: dict[str, Mapping[str, np.ndarray]] = {}
         self.stop_requested = False
 
@@ -66,8 +68,8 @@ class Worker:
         batch = _Batch(self._folder, started)
         try:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
-            context = _Context(self, order.artifacts)
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
+            context = _Context(self, order.artifacts, batch, unanswered)
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
                 if index not in unanswered:
                     raise SteersweepError(
@@ -86,6 +88,8 @@ class Worker:
             yield batch.flush(error=_describe(error), out_of_memory=isinstance(error, OutOfMemory))
         else:
             yield batch.flush()
+        finally:
+            batch.abandon()
 
     def artifact(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Arrays of an artifact; the latest few stay in memory."""
@@ -99,9 +103,17 @@ class Worker:
 class _Context:
     """What a running job may ask for (`jobs.spec.Context`)."""
 
-    def __init__(self, worker: Worker, artifacts: Mapping[str, Artifact]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        artifacts: Mapping[str, Artifact],
+        batch: "_Batch",
+        unanswered: Mapping[int, str],
+    ) -> None:
         self._worker = worker
         self._artifacts = artifacts
+        self._batch = batch
+        self._unanswered = unanswered
 
     @property
     def stop_requested(self) -> bool:
@@ -112,6 +124,13 @@ class _Context:
             raise SteersweepError(f"{requirement} was not among what the job's requires() named")
         return self._worker.artifact(self._artifacts[requirement.key])
 
+    def write(self, row: int, name: str, chunk: Mapping[str, Any]) -> None:
+        if row not in self._unanswered:
+            raise SteersweepError(
+                f"a chunk of {name} for row {row}; the rows without an outcome are {sorted(self._unanswered)}"
+            )
+        self._batch.write(self._unanswered[row], name, chunk)
+
 
 class _Batch:
     """Outcomes that wait to be written together."""
@@ -119,16 +138,28 @@ class _Batch:
     def __init__(self, folder: Path, started: float) -> None:
         self._folder = folder
         self._started = started
+        self._streams: dict[str, dict[str, TableStream]] = {}
         self._clear()
 
     def _clear(self) -> None:
+        self._streamed: list[TableFile] = []
         self._tables: dict[str, list[dict[str, Any]]] = {}
         self._results: list[StoredResult] = []
         self._finished: list[Finished] = []
         self._since = time.monotonic()
 
+    def write(self, spec: str, table: str, chunk: Mapping[str, Any]) -> None:
+        """Write a chunk of a table of a spec whose outcome is still to come."""
+        streams = self._streams.setdefault(spec, {})
+        if table not in streams:
+            streams[table] = TableStream(self._folder, table)
+        streams[table].write({**chunk, "spec": spec})
+
     def add(self, spec: str, job: str, outcome: Outcome) -> None:
-        """Take all of an outcome, or raise and take nothing if it cannot be stored."""
+        """Take all of an outcome, or raise and take nothing if it cannot be stored.
+
+        What was streamed for a row that failed is dropped.
+        """
         now = time.time()
         state = "failed" if outcome.status == "failed" else "ok"
         tables = {table: [{"spec": spec, **row} for row in rows] for table, rows in outcome.tables.items()}
@@ -150,6 +181,9 @@ class _Batch:
                     "bytes": artifact.bytes,
                 }
             ]
+        if state == "failed":
+            self._abandon(spec)
+        self._streamed += [stream.finish() for stream in self._streams.get(spec, {}).values()]
         for table, rows in tables.items():
             self._tables.setdefault(table, []).extend(rows)
         self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
@@ -161,11 +195,20 @@ class _Batch:
         return time.monotonic() - self._since > _FLUSH_SECONDS
 
     def flush(self, *, error: str | None = None, out_of_memory: bool = False) -> Delivery:
-        files = tuple(write_table(self._folder, table, rows) for table, rows in self._tables.items() if rows)
-        part = Part(files, tuple(self._results))
+        files = [write_table(self._folder, table, rows) for table, rows in self._tables.items() if rows]
+        part = Part((*files, *self._streamed), tuple(self._results))
         finished = tuple(self._finished)
         self._clear()
         return Delivery(part, finished, self._started, socket.gethostname(), error, out_of_memory)
+
+    def abandon(self) -> None:
+        """Drop what was streamed for specs without an outcome."""
+        for spec in list(self._streams):
+            self._abandon(spec)
+
+    def _abandon(self, spec: str) -> None:
+        for stream in self._streams.pop(spec, {}).values():
+            stream.abandon()
 
 
 def _describe(error: Exception) -> str:

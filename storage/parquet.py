@@ -2,11 +2,15 @@
 
 import hashlib
 import math
+import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,6 +24,8 @@ _TYPES = {
     "real": pa.float64(),
     "real32[]": pa.list_(pa.float32()),
 }
+ROW_GROUP_BYTES = 16 * 2**20
+"""A stream holds less than this between two writes."""
 
 
 class TableFile(NamedTuple):
@@ -32,6 +38,7 @@ class TableFile(NamedTuple):
     sha256: str
 
 
+@cache
 def arrow_schema(table: str) -> pa.Schema:
     """The table's Arrow schema, with unit and meaning as column metadata."""
     fields = [
@@ -59,11 +66,172 @@ def write_table(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> 
     sink = pa.BufferOutputStream()
     pq.write_table(to_arrow(table, rows), sink, compression="zstd", write_page_checksum=True)
     content = sink.getvalue().to_pybytes()
-    path = folder / "tables" / table / f"{uuid.uuid4().hex}.parquet"
+    path = _new_path(folder, table)
     publish(path, content)
     return TableFile(
         table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest()
     )
+
+
+def _new_path(folder: Path, table: str) -> Path:
+    return folder / "tables" / table / f"{uuid.uuid4().hex}.parquet"
+
+
+class TableStream:
+    """A file of one table whose rows come in chunks and are written as they come.
+
+    What is there so far stands under another name, which readers pass by and `remove_staging` removes, until
+    the stream is finished.
+
+    Args:
+        folder: The sweep's folder.
+        table: Name in `TABLES`.
+
+    Attributes:
+        rows: Number of rows so far.
+        buffered_bytes: Bytes of the rows that are not written yet.
+
+    Raises:
+        KeyError: If there is no such table.
+        StoreError: If the disk refuses.
+    """
+
+    def __init__(self, folder: Path, table: str) -> None:
+        self.rows = 0
+        self.buffered_bytes = 0
+        self._folder = folder
+        self._table = table
+        self._buffered: list[pa.Table] = []
+        text = [column.name for column in _columns(table) if column.kind == "text"]
+        self._path = _new_path(folder, table)
+        self._staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
+        with _refusals(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._staging.open("w+b")
+        self._writer = pq.ParquetWriter(
+            self._file,
+            arrow_schema(table),
+            compression="zstd",
+            use_dictionary=text,
+            write_page_checksum=True,
+        )
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Add a chunk of rows.
+
+        Args:
+            columns: As `columns_to_arrow` takes them.
+
+        Raises:
+            StoreError: If the disk refuses.
+            KeyError, TypeError, ValueError: As `columns_to_arrow` does; nothing is added then.
+        """
+        chunk = columns_to_arrow(self._table, columns)
+        self.rows += chunk.num_rows
+        self.buffered_bytes += chunk.nbytes
+        self._buffered.append(chunk)
+        if self.buffered_bytes >= ROW_GROUP_BYTES:
+            self._write_out()
+
+    def _write_out(self) -> None:
+        together = pa.concat_tables(self._buffered)
+        bytes_per_row = max(1, together.nbytes // max(1, together.num_rows))
+        with _refusals(self._path):
+            self._writer.write_table(together, row_group_size=max(1, ROW_GROUP_BYTES // bytes_per_row))
+        self._buffered, self.buffered_bytes = [], 0
+
+    def finish(self) -> TableFile:
+        """Write what is left and put the file in its place, whole. Raises StoreError if the disk refuses."""
+        if self._buffered:
+            self._write_out()
+        with _refusals(self._path):
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+            self._file.seek(0)
+            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+            self._file.close()
+            self._staging.replace(self._path)
+        return TableFile(self._table, str(self._path.relative_to(self._folder)), self.rows, size, digest)
+
+    def abandon(self) -> None:
+        """Leave nothing behind; after `finish` it does nothing."""
+        self._buffered, self.buffered_bytes = [], 0
+        with suppress(OSError, pa.ArrowException):
+            self._writer.close()
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._staging.unlink()
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Inside the block an OSError becomes a StoreError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _columns(table: str) -> tuple[Column, ...]:
+    if table not in TABLES:
+        raise KeyError(f"no table {table!r}; there are {sorted(TABLES)}")
+    return TABLES[table]
+
+
+def _check_known(table: str, names: Iterable[str]) -> None:
+    known = {column.name for column in TABLES[table]}
+    if unknown := set(names) - known:
+        raise KeyError(f"table {table} has no columns {sorted(unknown)}; it has {sorted(known)}")
+
+
+def columns_to_arrow(table: str, columns: Mapping[str, Any]) -> pa.Table:
+    """Columns as they will be stored.
+
+    Args:
+        table: Name in `TABLES`.
+        columns: Column -> an array or list with one entry a row, for vectors an array of shape (rows,
+            width), or one text, number or None that all rows share; absent columns are null, and so are
+            NaN and infinities outside vectors.
+
+    Raises:
+        KeyError: If there is no such table or column.
+        TypeError, ValueError: If a value does not fit its column, or columns differ in length.
+    """
+    stored = _columns(table)
+    _check_known(table, columns)
+    lengths = {name: len(values) for name, values in columns.items() if _is_column(values)}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"columns of table {table} of lengths {lengths}; give one entry a row in each")
+    rows = next(iter(lengths.values()))
+    arrays = [_array(columns.get(column.name), column, rows) for column in stored]
+    return pa.table(arrays, schema=arrow_schema(table))
+
+
+def _is_column(values: Any) -> bool:
+    return isinstance(values, (np.ndarray, list, tuple))
+
+
+def _array(values: Any, column: Column, rows: int) -> pa.Array:
+    if not _is_column(values):
+        return pa.repeat(pa.scalar(_cell(values, column), _TYPES[column.kind]), rows)
+    if column.kind == "real":
+        numbers = np.asarray(values, dtype=np.float64)
+        return pa.array(numbers, pa.float64(), mask=~np.isfinite(numbers))
+    if column.kind == "real32[]" and isinstance(values, np.ndarray):
+        return _vectors(values, column)
+    # Arrow would go on looking at the caller's memory.
+    return pa.array(values.copy() if isinstance(values, np.ndarray) else values, _TYPES[column.kind])
+
+
+def _vectors(values: np.ndarray, column: Column) -> pa.Array:
+    if values.ndim != 2:
+        raise ValueError(f"column {column.name} of shape {values.shape}; it takes (rows, width)")
+    rows, width = values.shape
+    flat = pa.array(np.array(values, dtype=np.float32).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * width, pa.int32()), flat)
 
 
 def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -73,13 +241,8 @@ def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         KeyError: If there is no such table, or a row has a column that the schema does not know.
         TypeError, ValueError: If a value does not fit its column.
     """
-    if table not in TABLES:
-        raise KeyError(f"no table {table!r}; there are {sorted(TABLES)}")
-    columns = TABLES[table]
-    known = {column.name for column in columns}
-    for row in rows:
-        if unknown := set(row) - known:
-            raise KeyError(f"table {table} has no columns {sorted(unknown)}; it has {sorted(known)}")
+    columns = _columns(table)
+    _check_known(table, {name for row in rows for name in row})
     arrays = [[_cell(row.get(column.name), column) for row in rows] for column in columns]
     return pa.table(
         dict(zip([column.name for column in columns], arrays, strict=True)), schema=arrow_schema(table)

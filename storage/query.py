@@ -39,8 +39,8 @@ class StoredSweep:
     def query(self, sql: str) -> pa.Table:
         """The answer to one SELECT statement.
 
-        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `vectors` and
-        `artifacts`. All results have a column `trial`, null for what belongs to no trial, such as
+        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `vectors`, `activations`
+        and `artifacts`. All results have a column `trial`, null for what belongs to no trial, such as
         the unsteered baseline; `trials` has a column for each parameter.
 
         Raises:

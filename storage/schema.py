@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATES = ("waiting", "running", "completed", "infeasible", "failed")
 """What a trial can be; the last three are ends."""
 
@@ -89,6 +89,20 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("norm", "real", "residual-stream units", "Euclidean norm"),
         Column("vector", "real32[]", "residual-stream units", "the vector as it was added"),
     ),
+    "activations": (
+        _SPEC,
+        _SPLIT,
+        Column("item", "integer", "", "number of the prompt"),
+        Column("label", "text", "", "class of the item, where it has one"),
+        Column(
+            "name", "text", "", "which tokens: -1 (the last one), -2, ..., all, a span's name, or generated"
+        ),
+        Column("position", "integer", "", "the token, from 0 over prompt and completion; null for a mean"),
+        Column("step", "integer", "", "new token that the state predicted, from 0; null unless generated"),
+        Column("layer", "integer", "", "block, from 0"),
+        Column("site", "text", "", "before or after the block, or what its attention or its mlp adds"),
+        Column("vector", "real32[]", "residual-stream units", "the hidden state"),
+    ),
     "artifacts": (
         _SPEC,
         Column("job", "text", "", "import path of the job that made it"),
@@ -97,5 +111,5 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("bytes", "integer", "bytes", "size of the file"),
     ),
 }
-RESULT_TABLES = ("metrics", "items", "completions", "vectors", "artifacts")
+RESULT_TABLES = ("metrics", "items", "completions", "vectors", "activations", "artifacts")
 """Tables that workers write; their rows are keyed by spec."""

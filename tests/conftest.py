@@ -8,7 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-from jobs.engine.replica import Replica, load_replica
+from jobs.engine.loading import load_replica
+from jobs.engine.replica import Replica
 from jobs.spec import ModelRef
 
 # The same examples every time: a run says something about the change, not about luck.

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from jobs.spec import ModelRef
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.progress import Tally
-from orchestrator.worker import Worker
+from orchestrator.worker import LoadReplica, Worker
 from storage.parquet import write_table
 from storage.query import StoredSweep, open_sweep
 from storage.store import Part, Store, StoredResult
@@ -23,7 +23,7 @@ class Stopped(Exception):
     """What a pool raises that was told to stop its driver."""
 
 
-def load_nothing(ref: ModelRef, *, device: str, token_budget: int) -> Any:
+def load_nothing(ref: ModelRef, *, device: str, token_budget: int, memory: int | None) -> Any:
     """A replica for jobs that need none."""
     return None
 
@@ -103,6 +103,7 @@ class InlinePool:
             heard (its files are written already) or `after`.
         stop_at: Number of the call of `events`, from 1, that raises `Stopped`; None = never.
         seed: Order of events.
+        load: Loads each worker's replica.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class InlinePool:
         losses: Mapping[int, Literal["before", "after"]] | None = None,
         stop_at: int | None = None,
         seed: int = 0,
+        load: LoadReplica = load_nothing,
     ) -> None:
         self._folder = folder
+        self._load = load
         self._losses = losses or {}
         self._stop_at = stop_at
         self._random = random.Random(seed)
@@ -131,7 +134,7 @@ class InlinePool:
 
     def _spawn(self) -> None:
         name = next(self._names)
-        self._idle[name] = Worker(self._folder, MODEL, device="cpu", token_budget=1, load=load_nothing)
+        self._idle[name] = Worker(self._folder, MODEL, device="cpu", token_budget=1, load=self._load)
         self._news.append(Event(name, "ready"))
 
     def start(self, worker: str, order: Order) -> None:

@@ -166,14 +166,23 @@ def save_tiny(path: Path) -> Path:
 
 
 class Artifacts:
-    """The context of a running job: requirements are computed at once by the same replica, and kept."""
+    """The context of a running job: requirements are computed at once by the same replica, and kept.
+
+    Attributes:
+        written: Row, table and chunk of every `write`.
+    """
 
     stop_requested = False
 
     def __init__(self, replica: Replica, *, seed: int = 0) -> None:
         self.replica = replica
         self.seed = seed
+        self.written: list[tuple[int, str, Mapping[str, Any]]] = []
         self._kept: dict[str, Mapping[str, np.ndarray]] = {}
+
+    def write(self, row: int, name: str, chunk: Mapping[str, Any]) -> None:
+        """Keep a chunk as it was given."""
+        self.written.append((row, name, chunk))
 
     def artifact(self, requirement: Requirement) -> Mapping[str, np.ndarray]:
         """Read-only arrays, as a worker hands them to a job."""

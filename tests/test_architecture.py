@@ -17,7 +17,7 @@ MODULES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-LIGHT = ("jobs.spec", "jobs.errors", "jobs.resolve", "jobs.catalog")
+LIGHT = ("jobs.spec", "jobs.errors", "jobs.resolve", "jobs.catalog", "jobs.fingerprint")
 JOB_MODULES = tuple(
     name for name, path in MODULES.items() if re.search(r"^def run\(replica", path.read_text(), re.M)
 )
@@ -35,7 +35,13 @@ IMPORTERS = {
     "pyarrow": {"storage.parquet", "storage.query"},
     "duckdb": {"storage.query"},
     "moocore": {"storage.pareto"},
-    "transformers": {"jobs.engine.replica", "jobs.engine.cache", "jobs.catalog"},
+    "transformers": {
+        "jobs.engine.replica",
+        "jobs.engine.loading",
+        "jobs.engine.cache",
+        "jobs.engine.ablation",
+        "jobs.catalog",
+    },
 }
 NOT_FOR_JOBS = ("ray", "optuna", "mlflow", "pyarrow", "duckdb")
 

@@ -17,9 +17,10 @@ from jobs.engine.blocks import find_blocks
 from jobs.engine.capture import capture_last
 from jobs.engine.decoding import Decoding, Work, generate
 from jobs.engine.interventions import Add
+from jobs.engine.loading import load_replica
 from jobs.engine.memory import in_batches, micro_batches
 from jobs.engine.recording import recorded
-from jobs.engine.replica import Replica, load_replica
+from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, Steering, row_tables, steered
 from jobs.errors import ModelError, OutOfMemory, SpecError
 from jobs.spec import ModelRef

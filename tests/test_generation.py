@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from jobs.engine.decoding import Continuation, Decoding, Work, generate
+from jobs.engine.groups import next_token
 from jobs.engine.interventions import SITES, Add, Clamp, Intervention, ProjectOut, Replace
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
@@ -222,6 +223,21 @@ def test_a_position_that_a_prompt_has_not_is_refused_before_anything_runs(tokens
     tables = row_tables(replica, rows)
     with pytest.raises(SpecError, match="row 1: positions"):
         next(generate(replica, PROMPTS[:1], tables, [Work(0, 0), Work(0, 1)], Decoding(max_new_tokens=1)))
+
+
+def test_a_text_longer_than_the_context_is_refused_before_anything_runs() -> None:
+    replica = replica_of("llama")
+    long = [list(range(5, 69)) * 8]
+    assert replica.context == len(long[0])
+    tables = row_tables(replica, [[]])
+    replica.model.config.max_position_embeddings -= 4
+    try:
+        with pytest.raises(SpecError, match=r"prompt 0: .*513 tokens.*context of 508"):
+            next(generate(replica, long, tables, [Work(0, 0)], Decoding(max_new_tokens=1)))
+        with pytest.raises(SpecError, match=r"prompt 0: .*512 tokens"):
+            next(next_token(replica, long, tables, [(0, 0)]))
+    finally:
+        replica.model.config.max_position_embeddings += 4
 
 
 @pytest.mark.parametrize(

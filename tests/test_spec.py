@@ -22,7 +22,7 @@ from jobs.resolve import code_version, data_hash, load_job, locate_data, make_pa
 from jobs.spec import ModelRef, Requirement, Spec, canonical_json, content_hash, is_defined, params_to_json
 
 ROOT = Path(__file__).parents[1]
-JOBS = ("jobs.extract", "jobs.honesty", "jobs.steer")
+JOBS = ("jobs.capture", "jobs.extract", "jobs.honesty", "jobs.steer")
 REQUIRED = {"jobs.steer": {"layer": 1, "dose": 0.5}, "jobs.honesty": {"layer": 1, "dose": 0.5}}
 MODEL = ModelRef(id="some/model", revision="0123abc")
 
@@ -79,6 +79,7 @@ class TestSpecIds:
             {"params": {"layer": 2}},
             {"model": dataclasses.replace(MODEL, revision=None)},
             {"model": dataclasses.replace(MODEL, dtype="bfloat16")},
+            {"model": dataclasses.replace(MODEL, weights="0" * 64)},
             {"data": {"pairs": "f" * 16}},
             {"seed": 1},
         ],
@@ -111,14 +112,20 @@ class TestParams:
             ("jobs.steer", {"layer": 1, "doze": 0.1}, "has no parameter ['doze']; it takes ['choices',"),
             ("jobs.steer", {"layer": 1, "doze": 0.1}, "did you mean 'dose'?"),
             ("jobs.steer", {"layer": 1, "dose": 0.1, "max_tokens": 3}, "did you mean 'max_new_tokens'?"),
-            ("jobs.steer", {"layer": 1}, "needs the parameters ['dose']"),
-            ("jobs.steer", {}, "needs the parameters ['dose', 'layer']"),
+            ("jobs.steer", {"layer": 1}, "dose=None, multiplier=None; give one of them"),
+            (
+                "jobs.steer",
+                {"layer": 1, "dose": 0.1, "multiplier": 2.0},
+                "dose=0.1, multiplier=2.0; give one",
+            ),
+            ("jobs.steer", {"layer": 1, "dose": 0.1, "layers": [2, 1]}, "give each layer once"),
+            ("jobs.steer", {"layer": 1, "dose": 0.1, "weights": [1.0, 2.0]}, "give one for each of 1 layers"),
+            ("jobs.steer", {}, "needs the parameters ['layer']"),
             ("jobs.steer", {"layer": 1.0, "dose": 0.1}, "layer=1.0 is a float; it takes int"),
             ("jobs.steer", {"layer": True, "dose": 0.1}, "layer=True is a bool; it takes int"),
             ("jobs.steer", {"layer": "1", "dose": 0.1}, "layer='1' is a str; it takes int"),
             ("jobs.steer", {"layer": 1, "dose": "0.1"}, "dose='0.1' is a str; it takes float"),
             ("jobs.steer", {"layer": 1, "dose": True}, "dose=True is a bool; it takes float"),
-            ("jobs.steer", {"layer": 1, "dose": None}, "dose=None is a NoneType; it takes float"),
             ("jobs.steer", {"layer": 1, "dose": 0.1, "pairs": 3}, "pairs=3 is a int; it takes str"),
             (
                 "jobs.steer",
@@ -146,6 +153,18 @@ class TestParams:
         assert isinstance(params.dose, float)
         assert params == make_params("jobs.steer", {"layer": 1, "dose": 2.0})
 
+    @pytest.mark.parametrize("given", [[3, 1], (3, 1), [], "all"])
+    def test_a_list_is_taken_for_a_tuple(self, given: Any) -> None:
+        params = make_params("jobs.capture", {"layers": given or [0], "offsets": given, "max_new_tokens": 1})
+        expected = "all" if given == "all" else tuple(given)
+        assert (params.layers, params.offsets) == (expected or (0,), expected)
+        assert make_params("jobs.capture", json.loads(json.dumps(params_to_json(params)))) == params
+
+    @pytest.mark.parametrize("given", [[1, "2"], [1, 2.0], [True], [[1]], 1, None, "some"])
+    def test_a_list_with_anything_else_in_it_is_refused(self, given: Any) -> None:
+        with pytest.raises(SpecError, match=re.escape(f"jobs.capture: layers={given!r} is a ")):
+            make_params("jobs.capture", {"layers": given})
+
     @pytest.mark.parametrize("job", JOBS)
     def test_params_survive_json(self, job: str) -> None:
         params = defaults(job)
@@ -164,9 +183,10 @@ class TestJobContract:
         params_type = load_job(job).Params
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(defaults(job), dataclasses.fields(params_type)[0].name, None)
+        said = "\n".join(str(base.__doc__) for base in params_type.__mro__ if dataclasses.is_dataclass(base))
         for field in dataclasses.fields(params_type):
             assert field.kw_only
-            assert re.search(rf"^ +{field.name}: \S", str(params_type.__doc__), re.M), field.name
+            assert re.search(rf"^ +{field.name}: \S", said, re.M), field.name
 
     @pytest.mark.parametrize("job", JOBS)
     def test_what_a_job_declares_names_its_own_parameters(self, job: str) -> None:
@@ -174,7 +194,7 @@ class TestJobContract:
         names = {field.name for field in dataclasses.fields(module.Params)}
         assert {*(module.PACK_BY or ()), *module.DATA, *module.LAYERS} <= names
         assert all(metric.meaning and metric.unit for metric in module.METRICS.values())
-        assert all(isinstance(getattr(defaults(job), name), int) for name in module.LAYERS)
+        assert all(isinstance(getattr(defaults(job), name), (int, tuple, str)) for name in module.LAYERS)
         assert all(number > 0 for number in module.size(defaults(job)))
 
     @pytest.mark.parametrize("job", JOBS)
@@ -361,6 +381,7 @@ class TestCodeVersion:
             ("extract.py", set(JOBS)),
             ("data/pairs.py", set(JOBS)),
             ("engine/memory.py", set(JOBS)),
+            ("engine/loading.py", set(JOBS)),
             ("directions/contrast.py", set(JOBS)),
             ("scoring/statistics.py", {"jobs.honesty"}),
         ],

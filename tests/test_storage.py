@@ -1,16 +1,19 @@
 """What is kept: whole files or none, rows as given, results once; and queries that change nothing."""
 
 import errno
+import hashlib
 import itertools
 import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,11 +22,12 @@ from hypothesis.extra import numpy as arrays
 
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
+from storage import parquet
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import Log, StoreError, publish, read_log, remove_staging
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
 from storage.lock import driving
-from storage.parquet import read_rows, write_table
+from storage.parquet import TableStream, read_rows, write_table
 from storage.query import open_sweep
 from storage.schema import TABLES
 from storage.store import Part, Store, StoredResult
@@ -201,6 +205,247 @@ def test_a_table_on_a_full_disk_leaves_nothing_behind(
     with pytest.raises(StoreError, match="No space left"):
         write_table(tmp_path, "metrics", [metric("a", 1.0)])
     assert files_under(tmp_path) == {}
+
+
+def chunk_of(first: int, rows: int, width: int = 8) -> dict[str, Any]:
+    """Rows of the table `activations` in columns."""
+    vectors = np.random.default_rng(first).normal(size=(rows, width)).astype(np.float32)
+    return {
+        "spec": "s",
+        "item": np.arange(first, first + rows),
+        "name": ["-1"] * rows,
+        "position": [None if row % 2 else row for row in range(rows)],
+        "layer": 3,
+        "vector": vectors,
+    }
+
+
+def as_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `read_rows` gives for columns of the table `activations`."""
+    names = [column.name for column in TABLES["activations"]]
+    shared = {name: columns.get(name) for name in names}
+    return [
+        {
+            name: values[row] if isinstance(values, (list, np.ndarray)) and name != "vector" else values
+            for name, values in shared.items()
+        }
+        | {"vector": columns["vector"][row].tolist()}
+        for row in range(len(columns["vector"]))
+    ]
+
+
+def staging(folder: Path) -> list[Path]:
+    return list(folder.rglob(".*.????????"))
+
+
+@ANY_EXAMPLE
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), limit=st.sampled_from([1, 200, 2**20]))
+def test_what_was_streamed_comes_back_in_order_and_the_file_is_as_listed(
+    tmp_path: Path, sizes: list[int], limit: int
+) -> None:
+    chunks = [chunk_of(10 * number, rows) for number, rows in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "ROW_GROUP_BYTES", limit)
+        stream = TableStream(tmp_path, "activations")
+        for chunk in chunks:
+            stream.write(chunk)
+        file = stream.finish()
+    content = (tmp_path / file.path).read_bytes()
+    assert (file.rows, file.bytes) == (sum(sizes), len(content))
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+    assert read_rows(tmp_path, "activations", [file]) == [row for chunk in chunks for row in as_rows(chunk)]
+    assert staging(tmp_path) == []
+
+
+def test_columns_are_stored_as_rows_are(tmp_path: Path) -> None:
+    columns = {
+        "spec": "s",
+        "item": np.array([1, 2, 3], dtype=np.int32),
+        "prompt": ["a", None, "c"],
+        "name": "score",
+        "value": np.array([0.5, math.nan, math.inf]),
+    }
+    stream = TableStream(tmp_path, "items")
+    stream.write(columns)
+    stream.write({"item": [4], "value": None, "prompt": "d"})
+    rows = [
+        {"spec": "s", "item": 1, "prompt": "a", "name": "score", "value": 0.5},
+        {"spec": "s", "item": 2, "prompt": None, "name": "score", "value": math.nan},
+        {"spec": "s", "item": 3, "prompt": "c", "name": "score", "value": math.inf},
+        {"item": 4, "prompt": "d"},
+    ]
+    both = stream.finish(), write_table(tmp_path, "items", rows)
+    assert read_rows(tmp_path, "items", both[:1]) == read_rows(tmp_path, "items", both[1:])
+
+
+def test_a_stream_keeps_copies_of_its_callers_arrays(tmp_path: Path) -> None:
+    chunk = chunk_of(0, 4)
+    expected = as_rows(chunk)
+    stream = TableStream(tmp_path, "activations")
+    stream.write(chunk)
+    chunk["vector"][:] = 0
+    chunk["item"][:] = 0
+    assert read_rows(tmp_path, "activations", [stream.finish()]) == expected
+
+
+def test_a_stream_holds_no_more_than_a_row_group_however_much_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, rows, width, times = 2**20, 64, 256, 20
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", limit)
+    stream = TableStream(tmp_path, "activations")
+    before, buffered, arrow = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    for number in range(times * limit // (4 * rows * width)):
+        stream.write(chunk_of(number, rows, width))
+        buffered = max(buffered, stream.buffered_bytes)
+        arrow = max(arrow, pa.total_allocated_bytes() - before)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert limit / 2 < buffered < limit
+    assert peak + arrow < 4 * limit
+    [half] = staging(tmp_path)
+    assert half.stat().st_size > 0.8 * times * limit, "it is on the disk before the stream is finished"
+    found = pq.ParquetFile(tmp_path / stream.finish().path).metadata
+    assert found.num_rows * width * 4 == times * limit
+    sizes = [found.row_group(number).total_byte_size for number in range(found.num_row_groups)]
+    assert max(sizes) <= 1.1 * limit
+
+
+def test_a_chunk_larger_than_a_row_group_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 2**12)
+    stream = TableStream(tmp_path, "activations")
+    stream.write(chunk_of(0, 256, 64))
+    assert stream.buffered_bytes == 0
+    found = pq.ParquetFile(tmp_path / stream.finish().path).metadata
+    assert found.num_rows == 256
+    assert found.num_row_groups >= 16
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"vektor": [1.0]}, KeyError, r"activations has no columns \['vektor'\]"),
+        ({"item": [1, 2, 3]}, ValueError, r"of lengths .*'item': 3.*'vector': 4"),
+        ({"item": ["one"] * 4}, ValueError, "int64"),
+        (
+            {"vector": np.zeros(4, np.float32)},
+            ValueError,
+            r"vector of shape \(4,\); it takes \(rows, width\)",
+        ),
+        ({"name": ["half a pair \ud800"] * 4}, ValueError, "surrogates"),
+    ],
+)
+def test_a_chunk_that_does_not_fit_its_table_is_refused_and_adds_nothing(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    stream = TableStream(tmp_path, "activations")
+    stream.write(chunk_of(0, 2))
+    with pytest.raises(error, match=message):
+        stream.write({**chunk_of(2, 4), **change})
+    stream.write(chunk_of(6, 1))
+    assert [row["item"] for row in read_rows(tmp_path, "activations", [stream.finish()])] == [0, 1, 6]
+
+
+def test_a_chunk_without_a_column_of_its_own_length_is_refused(tmp_path: Path) -> None:
+    stream = TableStream(tmp_path, "items")
+    with pytest.raises(ValueError, match="one entry a row"):
+        stream.write({"item": 1})
+    stream.abandon()
+    with pytest.raises(KeyError, match=r"no table 'activation'.*activations"):
+        TableStream(tmp_path, "activation")
+    assert files_under(tmp_path) == {}
+
+
+def test_a_stream_that_is_given_up_leaves_nothing_and_one_that_is_finished_stays(tmp_path: Path) -> None:
+    stream = TableStream(tmp_path, "activations")
+    stream.write(chunk_of(0, 2))
+    stream.abandon()
+    assert files_under(tmp_path) == {}
+    stream = TableStream(tmp_path, "activations")
+    stream.write(chunk_of(0, 2))
+    file = stream.finish()
+    stream.abandon()
+    assert list(files_under(tmp_path)) == [file.path]
+
+
+@pytest.mark.parametrize("when", ["while it is written", "when it is finished"])
+def test_a_stream_on_a_full_disk_says_so_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    # A real refusal in the middle of the write, not one that a test injects.
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from storage import parquet\n"
+        "from storage.durable import StoreError\n"
+        f"parquet.ROW_GROUP_BYTES = {2**14 if when == 'while it is written' else 2**24}\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "stream = parquet.TableStream(Path(sys.argv[1]), 'activations')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
+        "try:\n"
+        "    for _ in range(64):\n"
+        "        stream.write({'vector': np.random.normal(size=(16, 64)).astype(np.float32)})\n"
+        "    print('written', flush=True)\n"
+        "    stream.finish()\n"
+        "except StoreError as error:\n"
+        "    stream.abandon()\n"
+        "    sys.exit(error.__cause__.errno)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == errno.EFBIG, done.stderr
+    assert done.stdout == ("" if when == "while it is written" else "written\n")
+    assert done.stderr == ""
+    assert files_under(tmp_path) == {}
+
+
+def test_a_stream_whose_writer_was_killed_is_seen_by_no_reader_and_removed_as_other_staging(
+    tmp_path: Path,
+) -> None:
+    sweep = write_sweep(
+        tmp_path, [StoredTrial({}, {"select": {"total": 1.0}})], objectives={"total": "maximize"}
+    )
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from storage import parquet\n"
+        "from tests.test_storage import chunk_of\n"
+        "parquet.ROW_GROUP_BYTES = 1\n"
+        "stream = parquet.TableStream(Path(sys.argv[1]), 'activations')\n"
+        "stream.write(chunk_of(0, 100))\n"
+        "os._exit(0)\n"
+    )
+    before = files_under(tmp_path)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, timeout=60, check=True)
+    [left] = staging(tmp_path)
+    assert left.stat().st_size > 0
+    assert Store(tmp_path).rows("activations") == sweep.rows("SELECT * FROM activations") == []
+    remove_staging(tmp_path)
+    assert files_under(tmp_path) == before
+
+
+def test_a_query_reads_streamed_vectors_with_their_trial(tmp_path: Path) -> None:
+    write_sweep(tmp_path, [StoredTrial({}, {"select": {"total": 1.0}})], objectives={"total": "maximize"})
+    stream = TableStream(tmp_path, "activations")
+    chunk = chunk_of(0, 3) | {"spec": "spec0", "site": "after"}
+    stream.write(chunk)
+    file = stream.finish()
+    sweep = open_sweep(tmp_path)
+    assert sweep.rows("SELECT * FROM activations") == []
+    Store(tmp_path).commit([Part((file,), ())])
+    found = sweep.rows("SELECT trial, item, layer, site, vector[2] AS second FROM activations ORDER BY item")
+    assert found == [
+        {"trial": 0, "item": item, "layer": 3, "site": "after", "second": chunk["vector"][item, 1].item()}
+        for item in range(3)
+    ]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -509,7 +754,8 @@ def test_the_order_that_a_query_asks_for_is_kept(sweep_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "table", ["trials", "attempts", "metrics", "items", "completions", "vectors", "artifacts"]
+    "table",
+    ["trials", "attempts", "metrics", "items", "completions", "vectors", "activations", "artifacts"],
 )
 def test_every_table_can_be_asked_before_there_is_anything(tmp_path: Path, table: str) -> None:
     empty = write_sweep(tmp_path, [], objectives={"total": "maximize"}, parameters={"x": "BIGINT"})

@@ -95,10 +95,12 @@ def generate(
         decoding: How.
 
     Raises:
-        SpecError: If a configuration names a position that its prompt has not; nothing has run then.
+        SpecError: If a text would be longer than the model's context, or a configuration names a position
+            that its prompt has not; nothing has run then.
         OutOfMemory: If a single row does not fit.
     """
-    check_work(prompts, tables, [(each.prompt, each.row) for each in work])
+    pairs = [(each.prompt, each.row) for each in work]
+    check_work(replica, prompts, tables, pairs, new_tokens=decoding.max_new_tokens)
 
     def run(left: list[int]) -> Iterator[tuple[int, Continuation]]:
         for index, found in _generate(replica, prompts, tables, [work[index] for index in left], decoding):

@@ -10,6 +10,7 @@ from jobs.engine.prefixes import Family, families
 from jobs.engine.replica import Replica
 from jobs.engine.sharing import Prompts, Unsteered
 from jobs.engine.tables import RowTables
+from jobs.errors import SpecError
 
 
 class Group(NamedTuple):
@@ -38,10 +39,11 @@ def next_token(
         work: Pairs of prompt and row of the tables.
 
     Raises:
-        SpecError: If a configuration names a position that its prompt has not; nothing has run then.
+        SpecError: If a prompt is longer than the model's context, or a configuration names a position that
+            its prompt has not; nothing has run then.
         OutOfMemory: If a single row does not fit.
     """
-    check_work(prompts, tables, work)
+    check_work(replica, prompts, tables, work)
 
     def run(left: list[int]) -> Iterator[tuple[int, Tensor]]:
         for group in groups(replica, prompts, tables, [work[index] for index in left], most=len(left)):
@@ -85,9 +87,20 @@ def in_parts(found: Iterable[tuple[int, Found]], size: int) -> Iterator[tuple[in
             yield part, [whole[place] for place in range(size)]
 
 
-def check_work(prompts: Sequence[Sequence[int]], tables: RowTables, work: Sequence[tuple[int, int]]) -> None:
-    """Raises SpecError if a configuration names a position that its prompt has not."""
+def check_work(
+    replica: Replica,
+    prompts: Sequence[Sequence[int]],
+    tables: RowTables,
+    work: Sequence[tuple[int, int]],
+    *,
+    new_tokens: int = 0,
+) -> None:
+    """Raises SpecError if a text exceeds the context, or a row names a position that its prompt has not."""
     for prompt, row in dict.fromkeys(work):
+        try:
+            replica.check_length(len(prompts[prompt]) + new_tokens)
+        except SpecError as error:
+            raise SpecError(f"prompt {prompt}: {error}") from error
         tables.check_prompt(row, len(prompts[prompt]))
 
 

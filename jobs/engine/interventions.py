@@ -81,6 +81,9 @@ class Replace(Intervention):
     vector: np.ndarray
 
 
+AnyIntervention = Add | ProjectOut | Clamp | Replace
+
+
 class Span(NamedTuple):
     """Positions from `start` up to and without `stop`, each plus the prompt's length if it says so."""
 

@@ -4,35 +4,28 @@ Knows no job, no storage, no Ray.
 """
 
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 
-from jobs import catalog
 from jobs.engine.blocks import Parts, find_blocks, find_parts
-from jobs.errors import ModelError
-from jobs.spec import ModelRef
+from jobs.errors import ModelError, SpecError
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 Kept = TypeVar("Kept")
 _MOST_KEPT = 4
 
 
 class Replica:
-    """One model on one device.
+    """One model, on one device or with its blocks spread over several.
 
     Attributes:
-        model: The decoder-only language model, in evaluation mode, weights frozen.
+        model: The decoder-only language model, in evaluation mode, weights frozen. Of a model that also
+            takes images, the part for text.
         tokenizer: Its tokenizer, padding on the left.
         blocks: The decoder blocks in order; layer `l` means the output of `blocks[l]`, counted from 0.
         token_budget: Most tokens (sequences x padded length) of one forward pass.
@@ -44,7 +37,7 @@ class Replica:
     def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 8192, memory: int = 2**30) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.blocks: nn.ModuleList = find_blocks(model)
+        self.blocks: nn.ModuleList = find_blocks(model.get_decoder())
         # A slice of the hidden states reaches the unembedding strided, which costs a slow batched product.
         self.model.get_output_embeddings().register_forward_pre_hook(
             lambda unembedding, inputs: (inputs[0].contiguous(), *inputs[1:])
@@ -68,6 +61,20 @@ class Replica:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a text that the model was made for; None where its configuration states none."""
+        stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if stated is None else int(stated)
+
+    def check_length(self, tokens: int) -> None:
+        """Raises SpecError if a text of so many tokens, new ones included, is longer than the context."""
+        if self.context is not None and tokens > self.context:
+            raise SpecError(
+                f"a text of {tokens} tokens, new ones included, is longer than the model's context of "
+                f"{self.context}; use shorter prompts, fewer new tokens or a model with a longer context"
+            )
 
     @property
     def state_bytes(self) -> int:
@@ -103,8 +110,9 @@ class Replica:
     @cached_property
     def pad_id(self) -> int:
         """A token id to pad with; padded positions are masked, so any id would do."""
+        known = self.model.get_input_embeddings().weight.shape[0]
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < known:
                 return int(token)
         return 0
 
@@ -141,6 +149,15 @@ class Replica:
             del self._kept[next(iter(self._kept))]
         return kept
 
+    @contextmanager
+    def other_weights(self) -> Iterator[None]:
+        """Inside the block the weights may differ; what is kept there and what is kept outside stay apart."""
+        outside, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = outside
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw text; the tokenizer's own start token, if it has one, is included."""
         return list(self.tokenizer(text)["input_ids"])
@@ -154,7 +171,7 @@ class Replica:
             answer: Beginning of the reply, appended after the template's generation prompt.
 
         Raises:
-            ModelError: If the tokenizer has no chat template.
+            ModelError: If the tokenizer has no chat template, or its template refuses the turn.
         """
         if self.tokenizer.chat_template is None:
             raise ModelError(
@@ -163,7 +180,14 @@ class Replica:
         messages = [{"role": "user", "content": user}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and raises what it likes
+            roles = [message["role"] for message in messages]
+            raise ModelError(
+                f"the model's chat template refuses the roles {roles}: {error}; leave the system message "
+                "out, or choose another model"
+            ) from error
         return list(self.tokenizer(text + answer, add_special_tokens=False)["input_ids"])
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -234,31 +258,3 @@ def position_ids(mask: Tensor) -> Tensor:
         mask: Attention mask of shape (sequences, tokens), 1 where a token is real.
     """
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def load_replica(ref: ModelRef, *, device: str = "cpu", token_budget: int = 8192) -> Replica:
-    """Load a model and its tokenizer.
-
-    Raises:
-        ModelError: If the model is unknown, cannot be read, or its dtype is.
-    """
-    if ref.dtype not in _DTYPES:
-        raise ModelError(f"dtype {ref.dtype!r} is not known; it takes one of {sorted(_DTYPES)}")
-    source = catalog.resolve(ref.id)
-    arguments = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[ref.dtype], **arguments)
-    except Exception as error:  # transformers raises whatever a broken file makes it stumble over
-        raise ModelError(_not_found(ref, source, error)) from error
-    return Replica(model.to(device), tokenizer, token_budget=token_budget)
-
-
-def _not_found(ref: ModelRef, source: str, error: Exception) -> str:
-    first_line = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    revision = f" at revision {ref.revision!r}" if ref.revision else ""
-    kind = "folder" if Path(source).is_dir() else "model"
-    return (
-        f"cannot load {kind} {ref.id!r}{revision}: {first_line}; give a folder, a Hugging Face id that this "
-        f"machine can reach, or one of {sorted(catalog.ENTRIES)}"
-    )

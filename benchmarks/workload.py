@@ -1,0 +1,118 @@
+"""The grid that is timed: layers x doses of a direction over two-choice claims in chat form."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.data.claims import ClaimQuestion, load_questions
+from jobs.data.pairs import load_pairs
+from jobs.directions.contrast import mean_difference
+from jobs.engine.capture import capture_last
+from jobs.engine.decoding import Continuation
+from jobs.engine.interventions import Add
+from jobs.engine.prefixes import Family
+from jobs.engine.replica import Replica
+
+LAYERS = (8, 11, 14, 17, 20, 23)
+DOSES = (-0.3, -0.15, 0.0, 0.15, 0.3)
+CLAIMS = 64
+NEW_TOKENS = 30
+
+
+class Cell(NamedTuple):
+    """A configuration of the grid: the vector that is added to the output of a block."""
+
+    layer: int
+    dose: float
+    vector: np.ndarray
+
+
+class Workload(NamedTuple):
+    """Prompts as token ids, and the configurations that each is completed under."""
+
+    prompts: list[list[int]]
+    cells: list[Cell]
+
+    def rows(self) -> list[list[Add]]:
+        """The configurations as interventions."""
+        return [[Add(layer=cell.layer, vector=cell.vector)] for cell in self.cells]
+
+
+def make_workload(replica: Replica, layers: Sequence[int] = LAYERS, claims: int = CLAIMS) -> Workload:
+    """The workload for a model: a mean-difference direction of tone, doses in mean residual norms."""
+    pairs = load_pairs("tone_pairs")
+    positive_NLD = capture_last(replica, [replica.encode(pair.positive) for pair in pairs])
+    negative_NLD = capture_last(replica, [replica.encode(pair.negative) for pair in pairs])
+    cells = []
+    for layer in layers:
+        sides = positive_NLD[:, layer].float(), negative_NLD[:, layer].float()
+        direction = mean_difference(*sides)
+        unit = (direction / direction.norm() * torch.cat(sides).norm(dim=-1).mean()).numpy()
+        cells += [Cell(layer, dose, dose * unit) for dose in DOSES]
+    questions = load_questions("claims", extract=0, select=claims, report=0)
+    return Workload([replica.encode_chat(_asked(question)) for question in questions], cells)
+
+
+def _asked(question: ClaimQuestion) -> str:
+    """The question with what all claims share first, as prompts are written for a prefix cache."""
+    first, second = ("True", "False") if question.true_letter == "A" else ("False", "True")
+    return (
+        "Is the claim below true or false? Answer with one letter only, A or B.\n"
+        f"(A) {first}\n(B) {second}\n\nClaim: {question.claim.statement}"
+    )
+
+
+def block_flops(replica: Replica) -> float:
+    """Floating-point operations of one token in one block, attention over the past left out."""
+    matrices = [weight for weight in replica.blocks[0].parameters() if weight.dim() == 2]
+    return 2.0 * sum(weight.numel() for weight in matrices)
+
+
+def head_flops(replica: Replica) -> float:
+    """Floating-point operations of one token's logits."""
+    weight: Tensor = replica.model.get_output_embeddings().weight
+    return 2.0 * weight.numel()
+
+
+def needed_flops(
+    replica: Replica, workload: Workload, found: Sequence[Family], tokens_read: Sequence[Sequence[int]]
+) -> float:
+    """Floating-point operations that the workload needs once everything that can be shared is.
+
+    Every prompt is read once without steering, and from the steered block on once a configuration; the
+    prefix of a family once a configuration; configurations of dose 0 are one. Attention over the past is left
+    out: about 2 % at these lengths.
+
+    Args:
+        replica: The model.
+        workload: Prompts and configurations.
+        found: Prompts that begin alike.
+        tokens_read: Cell -> prompt -> new tokens that are read again to go on.
+    """
+    prompt_tokens = sum(family.prefix for family in found) + sum(
+        len(workload.prompts[prompt]) - family.prefix for family in found for prompt in family.prompts
+    )
+    prompts = len(workload.prompts)
+    layers = replica.layers
+    blocks, heads = float(prompt_tokens * layers), float(prompts)
+    zero_is_counted = False
+    for cell, read in zip(workload.cells, tokens_read, strict=True):
+        if cell.dose == 0 and zero_is_counted:
+            continue
+        if cell.dose == 0:
+            zero_is_counted = True
+        else:
+            blocks += prompt_tokens * (layers - 1 - cell.layer)
+            heads += prompts
+        blocks += sum(read) * layers
+        heads += sum(read)
+    return blocks * block_flops(replica) + heads * head_flops(replica)
+
+
+def tokens_read(found: Sequence[Continuation], prompts: int, *, most: int) -> list[list[int]]:
+    """Cell -> prompt -> new tokens that had to be read to go on: the last of a full completion is not."""
+    read = [min(len(each.tokens), most - 1) for each in found]
+    return [read[start : start + prompts] for start in range(0, len(read), prompts)]
