@@ -6,7 +6,8 @@ of the same architecture begins with the same blocks.
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.engine.replica import Replica
+from jobs.engine.sites import Place, picked
 from jobs.resolve import load_job, locate_data
 from jobs.spec import Outcome, Requirement, Row
 
@@ -163,6 +165,16 @@ def save_tiny(path: Path) -> Path:
     tiny_model("llama").float().save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+@contextmanager
+def recorded(replica: Replica) -> Iterator[dict[int, torch.Tensor]]:
+    """A dictionary that holds, after the block, what each block put out in its last pass."""
+    outputs: dict[int, torch.Tensor] = {}
+    places = [Place(layer, "after") for layer in range(replica.layers)]
+    with picked(replica, places, lambda state: state) as found:
+        yield outputs
+    outputs.update({place.layer: state for place, state in found.items()})
 
 
 class Artifacts:

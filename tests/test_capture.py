@@ -21,7 +21,8 @@ from jobs.engine.interventions import SITES, Add, Intervention
 from jobs.engine.positions import every_token, find_tokens, from_end
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling
-from jobs.engine.tables import Place, row_tables
+from jobs.engine.sites import Place
+from jobs.engine.tables import row_tables
 from jobs.errors import ModelError, OutOfMemory, SpecError
 from jobs.resolve import load_job, make_params
 from jobs.spec import Context, Outcome, Requirement, Status

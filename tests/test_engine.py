@@ -19,8 +19,8 @@ from jobs.engine.decoding import Decoding, Work, generate
 from jobs.engine.interventions import Add
 from jobs.engine.loading import load_replica
 from jobs.engine.memory import in_batches, micro_batches
-from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
+from jobs.engine.sites import Place, picked
 from jobs.engine.tables import RowTables, Steering, row_tables, steered
 from jobs.errors import ModelError, OutOfMemory, SpecError
 from jobs.spec import ModelRef
@@ -29,6 +29,7 @@ from tests.models import (
     HIDDEN,
     LAYERS,
     WINDOW,
+    recorded,
     save_tiny,
     tiny_model,
     tiny_replica,
@@ -282,7 +283,7 @@ class TestSteering:
             1 / 0  # noqa: B018
         with pytest.raises(RuntimeError), steered(replica, steering):
             replica.logits(PROMPTS[:2], keep=1)
-        with pytest.raises(IndexError), recorded(replica, [0, LAYERS]):
+        with pytest.raises(IndexError), picked(replica, [Place(0, "after"), Place(LAYERS, "after")], abs):
             pass
         assert torch.equal(replica.logits(PROMPTS, keep=1), before)
         assert outputs == {}

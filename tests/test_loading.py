@@ -19,7 +19,6 @@ from jobs.engine.decoding import Decoding, Work, generate
 from jobs.engine.interventions import Add, ProjectOut
 from jobs.engine.loading import join_devices, load_replica
 from jobs.engine.prefill import prefill
-from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
 from jobs.engine.sharing import resumed
 from jobs.engine.tables import Steering, row_tables, steered
@@ -29,7 +28,16 @@ from jobs.spec import ModelRef
 from orchestrator.config import make_config
 from orchestrator.ray_pool import WorkerActor
 from orchestrator.worker import Worker
-from tests.models import ARCHITECTURES, HIDDEN, LAYERS, save_tiny, tiny_model, tiny_replica, tiny_tokenizer
+from tests.models import (
+    ARCHITECTURES,
+    HIDDEN,
+    LAYERS,
+    recorded,
+    save_tiny,
+    tiny_model,
+    tiny_replica,
+    tiny_tokenizer,
+)
 
 PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60]]
 SIZE = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -15,10 +15,9 @@ from jobs.engine.decoding import Decoding, Work, generate
 from jobs.engine.groups import check_work
 from jobs.engine.interventions import SITES, Site
 from jobs.engine.memory import in_batches, micro_batches, within_memory
-from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
-from jobs.engine.sites import picked
-from jobs.engine.tables import Place, RowTables, Steering, steered
+from jobs.engine.sites import Place, picked
+from jobs.engine.tables import RowTables, Steering, steered
 from jobs.errors import SpecError
 
 GENERATED = "generated"
@@ -278,10 +277,11 @@ def capture_last(replica: Replica, prompts: Sequence[Sequence[int]], *, offset: 
             f"offset={offset}, and prompt {lengths.index(min(lengths))} has only {min(lengths)} tokens"
         )
 
+    places = [Place(layer, "after") for layer in range(replica.layers)]
+
     def capture(batch: list[int]) -> Sequence[Tensor]:
-        with recorded(replica) as outputs:
+        with picked(replica, places, lambda h_STD: h_STD[:, -offset].cpu()) as found:
             replica.logits([prompts[index] for index in batch], keep=1)
-        states = [outputs[layer][:, -offset].cpu() for layer in range(replica.layers)]
-        return torch.stack(states, dim=1).unbind()
+        return torch.stack([found[place] for place in places], dim=1).unbind()
 
     return torch.stack(in_batches(replica, lengths, capture))

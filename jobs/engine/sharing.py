@@ -15,8 +15,8 @@ from torch import Tensor
 
 from jobs.engine.memory import in_batches
 from jobs.engine.prefill import Prefill, Texts, begin, fill, prefill
-from jobs.engine.recording import recorded
 from jobs.engine.replica import Replica
+from jobs.engine.sites import Place, picked
 from jobs.engine.tables import Counts, RowTables, Steering, steered
 
 
@@ -59,10 +59,12 @@ class Unsteered:
     ) -> Texts:
         lengths = [len(text) for text in texts]
         found = Texts(len(texts), max(lengths))
+        places = [Place(layer, "after") for layer in self._layers]
 
         def read(batch: list[int]) -> list[int]:
-            with recorded(replica, self._layers) as outputs:
+            with picked(replica, places, lambda h_STD: h_STD) as states:
                 done = prefill(replica, [texts[index] for index in batch], beginning, [0] * len(batch))
+            outputs = {place.layer: state for place, state in states.items()}
             found.put(batch, done, blocks=blocks, outputs=outputs)
             return batch
 

@@ -7,22 +7,15 @@ R rows (configurations), S sequences, T tokens, K spans, D hidden.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jobs.engine.interventions import ENDLESS, Intervention, Site, Span, Terms, terms
+from jobs.engine.interventions import ENDLESS, Intervention, Span, Terms, terms
 from jobs.engine.replica import Replica
+from jobs.engine.sites import Place, attach
 from jobs.errors import SpecError
-
-
-class Place(NamedTuple):
-    """Where tables act."""
-
-    layer: int
-    site: Site
-
 
 Counts = dict[Place, int]
 """Place -> number of tokens that were changed there."""
@@ -218,6 +211,10 @@ class Steering:
             h_STD = _changed(h_STD, table, None if table.everywhere else inside_STK)
         return h_STD.view(shape)
 
+    def at(self, replica: Replica, place: Place) -> Callable[[Tensor], Tensor]:
+        """What changes the hidden state of the pass that is running."""
+        return lambda h_STD: self.change(place, h_STD, replica.positions_ST)
+
     def _inside(self, table: Table, positions_ST: Tensor) -> Tensor:
         prompt_S11 = self._prompt_S.to(positions_ST.device)[:, None, None]
         start, stop, from_prompt, to_prompt = table.spans_RK4[:, None].unbind(dim=-1)
@@ -261,40 +258,8 @@ def steered(replica: Replica, steering: Steering) -> Iterator[None]:
     handles: list[Any] = []
     try:
         for place in steering.tables:
-            handles.append(_hook(replica, place, steering))
+            handles.append(attach(replica, place, steering.at(replica, place)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hook(replica: Replica, place: Place, steering: Steering) -> Any:
-    def change(h_STD: Tensor) -> Tensor:
-        return steering.change(place, h_STD, replica.positions_ST)
-
-    block = replica.blocks[place.layer]
-    match place.site:
-        case "before":
-            return block.register_forward_pre_hook(_on_input(change), with_kwargs=True)
-        case "after":
-            return block.register_forward_hook(_on_output(change))
-        case "attention":
-            return replica.parts[place.layer].attention.register_forward_hook(_on_output(change))
-        case "mlp":
-            return replica.parts[place.layer].mlp.register_forward_hook(_on_output(change))
-
-
-def _on_input(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if inputs:
-            return (change(inputs[0]), *inputs[1:]), options
-        return inputs, {**options, "hidden_states": change(options["hidden_states"])}
-
-    return hook
-
-
-def _on_output(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    return hook
