@@ -70,12 +70,15 @@ class Continuation(NamedTuple):
         first_logits_V: Logits of the first new token, the model's dtype; None if not asked for.
         finite: Whether all logits were finite; if not, the tokens end before the first that were not.
         fired: What was changed, the prompt's tokens included.
+        intended: What was to be changed among all tokens that were read; equal to `fired` unless a model
+            runs its blocks in a way that hooks do not see.
     """
 
     tokens: list[int]
     first_logits_V: Tensor | None
     finite: bool
     fired: Counts
+    intended: Counts
 
 
 def generate(
@@ -149,6 +152,7 @@ class _Slot:
     fired: Counts = field(default_factory=dict)
     first_logits_V: Tensor | None = None
     finite: bool = True
+    full: bool = False
     ended: bool = False
 
     @staticmethod
@@ -160,8 +164,11 @@ class _Slot:
         for place, number in counts.items():
             self.fired[place] = self.fired.get(place, 0) + number
 
-    def result(self) -> Continuation:
-        return Continuation(self.new, self.first_logits_V, self.finite, self.fired)
+    def result(self, tables: RowTables) -> Continuation:
+        # The last token of a completion of full length is not read.
+        intended = tables.intended(self.row, self.prompt_tokens, len(self.text) - self.full)
+        fired = {place: number for place, number in self.fired.items() if number}
+        return Continuation(self.new, self.first_logits_V, self.finite, fired, intended)
 
 
 class _Batch:
@@ -219,7 +226,7 @@ class _Batch:
                 continue
             slot.text.append(token)
             slot.new.append(token)
-            slot.ended = len(slot.new) == self._decoding.max_new_tokens
+            slot.full = slot.ended = len(slot.new) == self._decoding.max_new_tokens
 
     def leave(self) -> list[tuple[int, Continuation]]:
         """Take out the sequences that have ended; the last live ones move into their slots."""
@@ -236,7 +243,7 @@ class _Batch:
             self._cache.move(moved, holes)
             self._mask[holes] = self._mask[moved]
         del self._slots[live:]
-        return [(slot.index, slot.result()) for slot in ended]
+        return [(slot.index, slot.result(self._tables)) for slot in ended]
 
     def step(self) -> None:
         """One more token for every sequence."""

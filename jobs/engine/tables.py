@@ -85,15 +85,16 @@ class RowTables:
         )
 
     def intended(self, row: int, prompt_tokens: int, tokens: int) -> Counts:
-        """At how many of a text's first `tokens` the tables of each place are meant to change it."""
+        """At how many of a text's first `tokens` the tables of each place are to change it."""
         found = {}
         for place, stack in self.tables.items():
             spans = [span for table in stack for span in table.spans_RK4[row].tolist()]
-            resolved = [
-                range(start + after * prompt_tokens, min(stop + upto * prompt_tokens, tokens))
+            number = sum(
+                len(range(start + after * prompt_tokens, min(stop + upto * prompt_tokens, tokens)))
                 for start, stop, after, upto in spans
-            ]
-            found[place] = sum(map(len, resolved))
+            )
+            if number:
+                found[place] = number
         return found
 
     def check_prompt(self, row: int, tokens: int) -> None:
