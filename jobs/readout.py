@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.completions import unsteered_nll
 from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.groups import in_parts, next_token
-from jobs.engine.memory import in_batches
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
@@ -119,33 +119,11 @@ class Panel:
 
     def _scored(self, replies: Sequence[list[int]]) -> list[Completion]:
         """The replies to all prompts in their order, with their scores."""
-        nll = self._nll(self._prompt_ids, replies)
+        nll = unsteered_nll(self.replica, self._prompt_ids, replies)
         return [
             Completion(prompt, tokens, self.replica.decode(tokens), score, text.repeated_ngrams(tokens))
             for prompt, tokens, score in zip(self.prompts, replies, nll, strict=True)
         ]
-
-    @torch.inference_mode()
-    def _nll(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
-        """Mean -ln p of each completion under the unsteered model; NaN where it is empty."""
-        filled = [index for index, tokens in enumerate(completions) if tokens]
-        sequences = [prompts[index] + completions[index] for index in filled]
-
-        def score(batch: list[int]) -> list[float]:
-            new = [completions[filled[place]] for place in batch]
-            found = self.replica.logits([sequences[place] for place in batch], keep=max(map(len, new)) + 1)
-            return [
-                float(
-                    logits.negative_log_likelihood(
-                        logits_TV[-len(tokens) - 1 : -1], torch.tensor(tokens, device=found.device)
-                    )
-                )
-                for logits_TV, tokens in zip(found, new, strict=True)
-            ]
-
-        lengths = [len(sequence) for sequence in sequences]
-        scores = dict(zip(filled, in_batches(self.replica, lengths, score), strict=True))
-        return [scores.get(index, float("nan")) for index in range(len(completions))]
 
 
 def split_means(panel: Panel, reading: Reading) -> dict[str, dict[str, float]]:

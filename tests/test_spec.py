@@ -22,8 +22,8 @@ from jobs.resolve import code_version, data_hash, load_job, locate_data, make_pa
 from jobs.spec import ModelRef, Requirement, Spec, canonical_json, content_hash, is_defined, params_to_json
 
 ROOT = Path(__file__).parents[1]
-JOBS = ("jobs.capture", "jobs.extract", "jobs.honesty", "jobs.steer")
-REQUIRED = {"jobs.steer": {"layer": 1, "dose": 0.5}, "jobs.honesty": {"layer": 1, "dose": 0.5}}
+JOBS = ("jobs.capture", "jobs.extract", "jobs.generate", "jobs.honesty", "jobs.steer")
+REQUIRED = {job: {"layer": 1, "dose": 0.5} for job in ("jobs.generate", "jobs.honesty", "jobs.steer")}
 MODEL = ModelRef(id="some/model", revision="0123abc")
 
 plain = (
@@ -222,6 +222,8 @@ class TestJobContract:
             ("jobs.steer", {"choices_report": 1000}, "1000 are asked for"),
             ("jobs.steer", {"prompts": "absent"}, "no dataset 'absent'"),
             ("jobs.honesty", {"claims_extract": 1000}, "1000 + 60 + 60 are asked for"),
+            ("jobs.generate", {"prompts": "claims"}, "'prompt' is absent or empty"),
+            ("jobs.generate", {"scorers": ["exact"]}, "lacks ['answer'], which scorer 'exact' needs"),
         ],
     )
     def test_data_that_cannot_be_used_is_refused_before_anything_runs(
@@ -249,7 +251,7 @@ class TestJobContract:
 
 
 class TestMakeSpec:
-    @pytest.mark.parametrize("job", ["jobs.steer", "jobs.honesty"])
+    @pytest.mark.parametrize("job", ["jobs.steer", "jobs.honesty", "jobs.generate"])
     @given(
         layer=st.integers(0, 40),
         dose=st.sampled_from([0.0, -0.0, 0]),
@@ -378,6 +380,8 @@ class TestCodeVersion:
         [
             ("steer.py", {"jobs.steer"}),
             ("readout.py", {"jobs.steer"}),
+            ("completions.py", {"jobs.generate", "jobs.steer"}),
+            ("scoring/scorers.py", {"jobs.generate"}),
             ("extract.py", set(JOBS)),
             ("data/pairs.py", set(JOBS)),
             ("engine/memory.py", set(JOBS)),

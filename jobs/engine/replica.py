@@ -4,7 +4,7 @@ Knows no job, no storage, no Ray.
 """
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -173,15 +173,29 @@ class Replica:
         Raises:
             ModelError: If the tokenizer has no chat template, or its template refuses the turn.
         """
+        messages = [{"role": "user", "content": user}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self.encode_messages(messages, answer=answer)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]], *, answer: str = "") -> list[int]:
+        """Token ids of a conversation, ready for the model's reply, which may already have begun.
+
+        Args:
+            messages: Each with its `role` (system, user or assistant) and its `content`.
+            answer: Beginning of the reply, appended after the template's generation prompt.
+
+        Raises:
+            ModelError: If the tokenizer has no chat template, or its template refuses the conversation.
+        """
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 "the model has no chat template, and this job asks in chat form; choose an instruct model"
             )
-        messages = [{"role": "user", "content": user}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # a template is a program, and raises what it likes
             roles = [message["role"] for message in messages]
             raise ModelError(
