@@ -282,7 +282,7 @@ class TestSteering:
         with pytest.raises(ZeroDivisionError), steered(replica, steering), recorded(replica) as outputs:
             1 / 0  # noqa: B018
         with pytest.raises(RuntimeError), steered(replica, steering):
-            replica.logits(PROMPTS[:2], keep=1)
+            replica.logits([*PROMPTS, PROMPTS[0]], keep=1)
         with pytest.raises(IndexError), picked(replica, [Place(0, "after"), Place(LAYERS, "after")], abs):
             pass
         assert torch.equal(replica.logits(PROMPTS, keep=1), before)

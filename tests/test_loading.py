@@ -20,7 +20,7 @@ from jobs.engine.interventions import Add, ProjectOut
 from jobs.engine.loading import join_devices, load_replica
 from jobs.engine.prefill import prefill
 from jobs.engine.replica import Replica
-from jobs.engine.sharing import resumed
+from jobs.engine.skipping import skipping
 from jobs.engine.tables import Steering, row_tables, steered
 from jobs.errors import ModelError, SpecError
 from jobs.fingerprint import fingerprint
@@ -242,7 +242,8 @@ class TestSpreadModels:
         with torch.inference_mode():
             with recorded(replica) as outputs:
                 before = replica.logits(PROMPTS, keep=1)
-            with resumed(replica, shared, outputs[shared - 1]):
+            computed = [0 if layer < shared else len(PROMPTS) for layer in range(LAYERS)]
+            with skipping(replica, computed, len(PROMPTS), lambda block, output: outputs.get(block)):
                 begun = replica.logits(PROMPTS, keep=1)
             after = replica.logits(PROMPTS, keep=1)
         assert before.device == begun.device == after.device == torch.device("meta")

@@ -12,7 +12,7 @@ from jobs.engine.groups import groups, in_parts, next_token, once
 from jobs.engine.interventions import Add, Intervention, ProjectOut, Tokens
 from jobs.engine.prefixes import families
 from jobs.engine.replica import Replica
-from jobs.engine.sharing import resumed
+from jobs.engine.skipping import first_sequences, separable, skipping
 from jobs.engine.tables import Steering, row_tables, steered
 from tests.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_replica
 
@@ -63,7 +63,7 @@ def test_a_shared_beginning_is_read_once_a_configuration_and_blocks_below_once_a
     rows: list[list[Intervention]] = [[Add(layer=2, vector=vector(seed))] for seed in range(3)]
     tables = row_tables(replica, rows)
     work = [(prompt, row) for row in range(3) for prompt in range(3)]
-    _ = replica.cache_bytes, replica.blocks_give_tuples
+    _ = replica.cache_bytes, replica.blocks_give_tuples, separable(replica)
     tokens = {0: 0, LAYERS - 1: 0}
     for layer in tokens:
 
@@ -155,10 +155,24 @@ def test_groups_hold_all_work_once_within_their_limits(most: int, token_budget: 
     found = list(groups(replica, PROMPTS, tables, work, most=most))
     assert sorted(index for group in found for index in group.members) == list(range(9))
     for group in found:
-        assert len({tables.shared[work[index][1]] for index in group.members}) == 1
+        shared = [tables.shared[work[index][1]] for index in group.members]
+        assert shared == sorted(shared)
         longest = max(len(PROMPTS[work[index][0]]) - len(TEMPLATE) for index in group.members)
         assert len(group.members) == 1 or len(group.members) * longest <= token_budget
         assert len(group.members) <= most
+
+
+def test_what_is_done_to_one_prompt_stays_together() -> None:
+    replica = tiny_replica("llama")
+    rows: list[list[Intervention]] = [[Add(layer=layer, vector=vector(0))] for layer in (2, 0, 1)]
+    work = [(prompt, row) for row in range(3) for prompt in range(3)]
+    found = list(groups(replica, PROMPTS, row_tables(replica, rows), work, most=7))
+    homes = [
+        {number for number, group in enumerate(found) for index in group.members if work[index][0] == prompt}
+        for prompt in range(3)
+    ]
+    assert [len(group.members) for group in found] == [6, 3]
+    assert all(len(home) == 1 for home in homes)
 
 
 def test_equal_configurations_and_changes_of_nothing_are_computed_once() -> None:
@@ -191,12 +205,50 @@ def test_parts_come_whole_and_in_order() -> None:
     assert list(in_parts(found, 2)) == [(2, ["e", "f"]), (0, ["a", "b"]), (1, ["c", "d"])]
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_blocks_of_every_architecture_can_compute_a_part_of_the_batch(name: str) -> None:
+    replica = tiny_replica(name)
+    assert separable(replica)
+    depths = [0, 0, 2, 4]
+    texts = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    whole: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(replica.blocks):
+        block.register_forward_hook(
+            lambda block, inputs, output, layer=layer: whole.setdefault(
+                layer, output[0] if isinstance(output, tuple) else output
+            )
+        )
+    with torch.inference_mode():
+        expected = replica.logits(texts, keep=1)
+        with skipping(replica, [2, 2, 3, 3], 4, lambda block, output: whole[block][2 if block < 2 else 3 :]):
+            found = replica.logits(texts, keep=1)
+    assert first_sequences(replica, depths) == [2, 2, 3, 3]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_hands_on_what_cannot_be_cut_computes_whole_batches() -> None:
+    replica = tiny_replica("llama")
+    attention = replica.parts[0].attention
+    forward = attention.forward
+
+    def with_biases(*arguments: object, **options: object) -> object:
+        h_STD = arguments[0] if arguments else options["hidden_states"]
+        if len(h_STD) != sequences[0]:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        return forward(*arguments, **options)
+
+    sequences = [3]
+    attention.forward = with_biases
+    assert not separable(replica)
+    assert first_sequences(replica, [1, 2, 4]) == [0, 3, 3, 3]
+
+
 def test_the_blocks_compute_again_after_an_exception() -> None:
     replica = tiny_replica("llama")
     before = replica.logits(PROMPTS, keep=1)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        resumed(replica, 2, torch.zeros(3, 12, replica.hidden_size)),
+        skipping(replica, [0] * LAYERS, 3, lambda block, output: None),
     ):
         raise RuntimeError("on purpose")
     torch.testing.assert_close(replica.logits(PROMPTS, keep=1), before, rtol=0, atol=0)

@@ -101,6 +101,18 @@ class KeyValues(Cache):
             for states in layer.states:
                 states[targets, :, : self.length] = states[sources, :, : self.length]
 
+    def follow(self, computed: Sequence[int], leader: Sequence[int]) -> None:
+        """Write the newest token of the slots that a block has not computed.
+
+        Args:
+            computed: For each block, how many slots it has computed.
+            leader: For each slot, the one whose keys and values it takes.
+        """
+        for layer, number in zip(self.by_layer, computed, strict=True):
+            if number < len(leader):
+                newest = [states[leader[number:], :, layer.length - 1, None] for states in layer.states]
+                layer.put(slice(number, len(leader)), layer.length - 1, newest)
+
     def forget(self, tokens: int) -> None:
         """Drop the oldest tokens of the time axis, which no live sequence has."""
         kept = self.length - tokens

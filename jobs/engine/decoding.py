@@ -4,6 +4,7 @@ Sequences that end leave the batch at once and waiting ones take their place, so
 full to the end.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from jobs.engine.cache import KeyValues
 from jobs.engine.groups import check_work, groups, once
+from jobs.engine.lockstep import in_order, skipped
 from jobs.engine.memory import within_memory
 from jobs.engine.prefill import Prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
+from jobs.engine.skipping import first_sequences, skipping
 from jobs.engine.tables import Counts, RowTables, Steering, steered
 
 _SPARE_TOKENS = 32
@@ -125,13 +128,15 @@ def _generate(
     longest = max(len(prompts[each.prompt]) for each in work)
     batch = _Batch(replica, tables, decoding, longest)
     pairs = [(each.prompt, each.row) for each in work]
-    # A batch is refilled by parts, so that it is never far from full and never filled one by one.
-    waiting = groups(replica, prompts, tables, pairs, most=max(1, batch.free // 4))
+    # A batch is refilled by parts, so that it is never far from full and never filled one by one. All that
+    # is done to a prompt comes together: its sequences have much in common.
+    together = max(Counter(prompt for prompt, _ in pairs).values())
+    waiting = groups(replica, prompts, tables, pairs, most=min(batch.free, max(together, batch.free // 4)))
     group = next(waiting, None)
     while group is not None or batch.live:
         while group is not None and len(group.members) <= batch.free:
             slots = [_Slot.of(index, work[index], prompts[work[index].prompt]) for index in group.members]
-            batch.join(slots, group.prompts.prefill(group.work, room=0))
+            batch.join(slots, group.prompts.prefill(group.work))
             yield from batch.leave()
             group = next(waiting, None)
         if batch.live:
@@ -145,6 +150,7 @@ class _Slot:
 
     index: int
     row: int
+    prompt: int
     prompt_tokens: int
     text: list[int]
     generator: torch.Generator
@@ -158,7 +164,7 @@ class _Slot:
     @staticmethod
     def of(index: int, work: Work, prompt: Sequence[int]) -> "_Slot":
         generator = torch.Generator().manual_seed(work.seed)
-        return _Slot(index, work.row, len(prompt), list(prompt), generator)
+        return _Slot(index, work.row, work.prompt, len(prompt), list(prompt), generator)
 
     def count(self, counts: Counts) -> None:
         for place, number in counts.items():
@@ -229,26 +235,33 @@ class _Batch:
             slot.full = slot.ended = len(slot.new) == self._decoding.max_new_tokens
 
     def leave(self) -> list[tuple[int, Continuation]]:
-        """Take out the sequences that have ended; the last live ones move into their slots."""
+        """Take out the sequences that have ended; live ones move into their slots."""
         ended = [slot for slot in self._slots if slot.ended]
         if not ended:
             return []
         self._count()
         live = self.live - len(ended)
-        holes = [place for place in range(live) if self._slots[place].ended]
-        moved = [place for place in range(live, self.live) if not self._slots[place].ended]
-        for hole, place in zip(holes, moved, strict=True):
-            self._slots[hole] = self._slots[place]
-        if holes:
-            self._cache.move(moved, holes)
-            self._mask[holes] = self._mask[moved]
-        del self._slots[live:]
+        self._move(in_order([slot.ended for slot in self._slots])[:live])
         return [(slot.index, slot.result(self._tables)) for slot in ended]
+
+    def _move(self, order: Sequence[int]) -> None:
+        """Put the sequence of slot `order[i]` into slot `i`; those of other slots are gone."""
+        targets = [place for place, source in enumerate(order) if place != source]
+        sources = [order[place] for place in targets]
+        if targets:
+            self._count()
+            self._cache.move(sources, targets)
+            self._mask[targets] = self._mask[sources]
+        self._slots = [self._slots[source] for source in order]
 
     def step(self) -> None:
         """One more token for every sequence."""
         if self._cache.length == self._cache.capacity:
             self._drop_oldest()
+        blocks, _ = self._skipped()
+        self._move(in_order(blocks))
+        blocks, leader = self._skipped()
+        computed = first_sequences(self._replica, sorted(blocks))
         length = self._cache.length
         self._mask[: self.live, length] = 1
         ids_S1 = torch.tensor([[slot.text[-1]] for slot in self._slots], device=self._replica.device)
@@ -256,11 +269,25 @@ class _Batch:
         if self._steering is None:
             rows = [slot.row for slot in self._slots]
             self._steering = Steering(self._tables.take(rows), [slot.prompt_tokens for slot in self._slots])
-        with steered(self._replica, self._steering):
+
+        def known(block: int, output_STD: Tensor | None) -> Tensor | None:
+            return None if output_STD is None else output_STD[leader[computed[block] :]]
+
+        with (
+            skipping(self._replica, computed, self.live, known),
+            steered(self._replica, self._steering),
+        ):
             logits = self._replica.forward(
                 ids_S1, self._mask[: self.live, : length + 1], positions_S1, keep=1, cache=self._cache
             )
+        self._cache.follow(computed, leader)
         self._choose(self._slots, logits[:, -1])
+
+    def _skipped(self) -> tuple[list[int], list[int]]:
+        """What `lockstep.skipped` gives for the live sequences."""
+        texts = [(slot.prompt, *slot.new) for slot in self._slots]
+        untouched = [self._tables.untouched[slot.row] for slot in self._slots]
+        return skipped(texts, untouched, self._replica.layers)
 
     def _drop_oldest(self) -> None:
         # What joins later may be as long as the longest prompt.

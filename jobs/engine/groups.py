@@ -1,6 +1,7 @@
 """Cut work into groups that are read together, in bounded memory."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from jobs.errors import SpecError
 
 
 class Group(NamedTuple):
-    """Work that is read together: its rows share equally many blocks.
+    """Work that is read together, the rows that share fewest blocks first.
 
     Attributes:
         prompts: Knows the prompts.
@@ -112,29 +113,42 @@ def groups(
     *,
     most: int,
 ) -> Iterator[Group]:
-    """Groups of at most `most`, configuration by configuration, those that share fewest blocks first.
+    """Groups of at most `most`, prompt by prompt: what is done to one prompt stays together if it can.
 
     Prompts are read without steering before the first group that needs them; as many at a time as the
     replica's memory allows.
     """
-    used = sorted({prompt for prompt, _ in work})
-    needs = _Needs.of(replica, tables, sorted({row for _, row in work}))
-    for chunk in _chunks(replica, prompts, families(replica, prompts, used, tables), needs):
-        readers = [Prompts(replica, _unsteered(replica, prompts, family, needs), tables) for family in chunk]
-        home = {
-            prompt: (number, place)
-            for number, family in enumerate(chunk)
-            for place, prompt in enumerate(family.prompts)
-        }
-        pieces = [
-            _Piece(index, tables.shared[row], row, home[prompt][0], len(prompts[prompt]))
-            for index, (prompt, row) in enumerate(work)
-            if prompt in home
-        ]
-        for cut in _cut(pieces, [family.prefix for family in chunk], most, replica.token_budget):
-            members = [piece.number for piece in cut]
-            pairs = [(home[work[index][0]][1], work[index][1]) for index in members]
-            yield Group(readers[cut[0].family], members, pairs)
+    members: dict[int, list[int]] = {}
+    for index, (prompt, _) in enumerate(work):
+        members.setdefault(prompt, []).append(index)
+    rows = sorted({row for _, row in work}, key=lambda row: (tables.shared[row], row))
+    needs = _Needs.of(replica, tables, rows)
+    for chunk in _chunks(replica, prompts, families(replica, prompts, sorted(members), tables), needs):
+        for family in chunk:
+            reader = Prompts(replica, _unsteered(replica, prompts, family, needs), tables)
+            order = sorted(range(len(family.prompts)), key=lambda place: -len(prompts[family.prompts[place]]))
+            for begun in _begun_together(replica, rows, family.prefix):
+                reader.begin(begun)
+                pieces = [
+                    _Piece(index, place, len(prompts[family.prompts[place]]) - family.prefix)
+                    for place in order
+                    for index in members[family.prompts[place]]
+                    if work[index][1] in begun
+                ]
+                for cut in _cut(pieces, most, replica.token_budget):
+                    cut.sort(key=lambda piece: (tables.shared[work[piece.number][1]], piece.number))
+                    pairs = [(piece.place, work[piece.number][1]) for piece in cut]
+                    yield Group(reader, [piece.number for piece in cut], pairs)
+
+
+def _begun_together(replica: Replica, rows: Sequence[int], prefix: int) -> Iterator[Sequence[int]]:
+    """Configurations whose common beginnings fit into memory, and into a pass, together."""
+    most = min(
+        replica.memory // 8 // max(1, prefix * replica.cache_bytes), replica.token_budget // max(1, prefix)
+    )
+    most = max(1, most)
+    for start in range(0, len(rows), most):
+        yield rows[start : start + most]
 
 
 class _Needs(NamedTuple):
@@ -194,27 +208,29 @@ def _chunks(
 
 
 class _Piece(NamedTuple):
-    """A piece of work, to be put in order."""
+    """A piece of work, to be put into a group."""
 
     number: int
-    shared: int
-    row: int
-    family: int
+    place: int
     tokens: int
 
 
-def _cut(
-    pieces: Sequence[_Piece], prefixes: Sequence[int], most: int, token_budget: int
-) -> Iterator[list[_Piece]]:
+def _cut(pieces: Sequence[_Piece], most: int, token_budget: int) -> Iterator[list[_Piece]]:
+    """Pieces in groups; the pieces of a prompt, which follow each other, in one if they fit into one.
+
+    The first prompt of a group is its longest.
+    """
     cut: list[_Piece] = []
-    longest = 0
-    for piece in sorted(pieces, key=lambda piece: (*piece[1:4], -piece.tokens, piece.number)):
-        tokens = piece.tokens - prefixes[piece.family]
-        longest = max(longest, tokens)
-        full = len(cut) == most or (len(cut) + 1) * longest > token_budget
-        if cut and (full or (piece.shared, piece.family) != (cut[0].shared, cut[0].family)):
+    for _, found in groupby(pieces, key=lambda piece: piece.place):
+        left = list(found)
+        fitting = max(1, min(most, token_budget // (cut or left)[0].tokens))
+        if cut and len(cut) + len(left) > fitting:
             yield cut
-            cut, longest = [], tokens
-        cut.append(piece)
+            cut = []
+            fitting = max(1, min(most, token_budget // left[0].tokens))
+        while len(left) > fitting:
+            yield left[:fitting]
+            left = left[fitting:]
+        cut += left
     if cut:
         yield cut

@@ -92,8 +92,6 @@ def prefill(
     texts: Sequence[Sequence[int]],
     beginnings: Texts | None = None,
     places: Sequence[int] = (),
-    *,
-    room: int = 0,
 ) -> Prefill:
     """Read texts, each after its beginning.
 
@@ -102,34 +100,25 @@ def prefill(
         texts: Token ids.
         beginnings: What was read before, of equal length; None if nothing was.
         places: Which beginning each text has.
-        room: Tokens for which the cache keeps memory free.
     """
-    cache, mask_ST = begin(replica, texts, beginnings, places, room=room)
+    cache, mask_ST = begin(replica, texts, beginnings, places)
     ids_ST, _ = replica.pad(texts)
     positions_ST = position_ids(mask_ST)[:, -ids_ST.shape[1] :]
     logits = replica.forward(ids_ST, mask_ST, positions_ST, keep=1, cache=cache)
+    # A block that was skipped has not moved on by itself.
+    cache.length = mask_ST.shape[1]
     return Prefill(cache, mask_ST, logits[:, -1], [{} for _ in texts])
 
 
 def begin(
-    replica: Replica,
-    texts: Sequence[Sequence[int]],
-    beginnings: Texts | None,
-    places: Sequence[int],
-    *,
-    room: int,
+    replica: Replica, texts: Sequence[Sequence[int]], beginnings: Texts | None, places: Sequence[int]
 ) -> tuple[KeyValues, Tensor]:
     """A cache that holds the beginnings alone, and the mask of the whole texts. Takes what `prefill` does."""
     _, mask_ST = replica.pad(texts)
     begun = 0 if beginnings is None else beginnings.tokens
-    cache = KeyValues(replica.layers, slots=len(texts), capacity=begun + mask_ST.shape[1] + room)
+    cache = KeyValues(replica.layers, slots=len(texts), capacity=begun + mask_ST.shape[1])
     if beginnings is not None:
-        fill(cache, beginnings, places, begun, blocks=replica.layers)
+        for layer, states in zip(cache.by_layer, beginnings.states, strict=True):
+            layer.put(slice(0, len(texts)), 0, [each[places] for each in states])
+        cache.length = begun
     return cache, torch.cat([mask_ST.new_ones((len(texts), begun)), mask_ST], dim=1)
-
-
-def fill(cache: KeyValues, texts: Texts, places: Sequence[int], tokens: int, *, blocks: int) -> None:
-    """Write keys and values of the texts' last `tokens` tokens behind what the lowest blocks hold."""
-    for layer, states in zip(cache.by_layer[:blocks], texts.states[:blocks], strict=True):
-        layer.put(slice(0, len(places)), layer.length, [each[places, :, -tokens:] for each in states])
-        layer.length += tokens

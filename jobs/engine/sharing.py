@@ -1,22 +1,22 @@
 """Compute once what several configurations have in common.
 
-Two things are shared. The blocks below the lowest change put out the same for every configuration, so one
-unsteered pass serves all. And prompts that begin alike, as those of one template do, share the keys and
-values of that beginning, once for each configuration.
+Two things are shared. The blocks below a configuration's lowest change put out what they put out unsteered,
+so one unsteered pass serves all. And prompts that begin alike, as those of one template do, share the keys
+and values of that beginning, once for each configuration.
 S sequences, T tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from jobs.engine.cache import KeyValues
 from jobs.engine.memory import in_batches
-from jobs.engine.prefill import Prefill, Texts, begin, fill, prefill
+from jobs.engine.prefill import Prefill, Texts, begin, prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sites import Place, picked
+from jobs.engine.skipping import first_sequences, skipping
 from jobs.engine.tables import Counts, RowTables, Steering, steered
 
 
@@ -86,7 +86,7 @@ class Prompts:
         self._replica = replica
         self._unsteered = unsteered
         self._tables = tables
-        self._begun: list[int] = []
+        self._begun: dict[int, int] = {}
         self._beginnings: Texts | None = None
 
     @torch.inference_mode()
@@ -94,29 +94,47 @@ class Prompts:
         """Logits of the next token, shape (S, V), the model's dtype.
 
         Args:
-            work: Pairs of prompt and row of the tables; the rows share equally many blocks.
+            work: Pairs of prompt and row of the tables, the rows that share fewest blocks first.
         """
-        return self._read(work, room=0).logits_SV
+        return self._read(work).logits_SV
 
     @torch.inference_mode()
-    def prefill(self, work: Sequence[tuple[int, int]], *, room: int) -> Prefill:
+    def prefill(self, work: Sequence[tuple[int, int]]) -> Prefill:
         """Read prompts so that they can be gone on with.
 
         Args:
-            work: Pairs of prompt and row of the tables; the rows share equally many blocks.
-            room: Tokens for which the cache keeps memory free.
+            work: Pairs of prompt and row of the tables, the rows that share fewest blocks first.
         """
-        found = self._read(work, room=room)
-        prompts = [prompt for prompt, _ in work]
-        tokens = max(len(self._unsteered.prompts[prompt]) for prompt in prompts) - self._unsteered.prefix
-        shared = self._shared([row for _, row in work])
-        fill(found.cache, self._unsteered.endings, prompts, tokens, blocks=min(shared, self._replica.layers))
+        found = self._read(work)
+        places = [prompt for prompt, _ in work]
+        tokens = max(len(self._unsteered.prompts[prompt]) for prompt in places) - self._unsteered.prefix
+        self._fill_shared(found.cache, self._unsteered.endings, places, tokens, [row for _, row in work])
         return found
 
-    def _read(self, work: Sequence[tuple[int, int]], *, room: int) -> Prefill:
-        """Read the rest of prompts; the blocks below what is changed leave the cache empty."""
+    @torch.inference_mode()
+    def begin(self, rows: Sequence[int]) -> None:
+        """Read the common beginning under each of these configurations, and forget it under all others.
+
+        Args:
+            rows: Rows of the tables, those that share fewest blocks first.
+        """
+        beginning, tokens = self._unsteered.beginning, self._unsteered.prefix
+        self._beginnings = None
+        if beginning is None:
+            return
+        number = len(rows)
+        # Positions counted from the end lie behind the beginning in the shortest prompt, so in all.
+        shortest = min(map(len, self._unsteered.prompts))
+        text = self._unsteered.prompts[0][:tokens]
+        found = self._pass([text] * number, beginning, [0] * number, rows, [shortest] * number)
+        self._fill_shared(found.cache, beginning, [0] * number, tokens, rows)
+        begun = Texts(number, tokens)
+        begun.put(range(number), found, blocks=self._replica.layers, outputs={})
+        self._begun, self._beginnings = {row: place for place, row in enumerate(rows)}, begun
+
+    def _read(self, work: Sequence[tuple[int, int]]) -> Prefill:
+        """Read the rest of prompts; what the rows share stays out of the cache."""
         rows = [row for _, row in work]
-        self._read_beginnings(sorted(set(rows)))
         prompts, prefix = self._unsteered.prompts, self._unsteered.prefix
         found = self._pass(
             [prompts[prompt][prefix:] for prompt, _ in work],
@@ -124,32 +142,22 @@ class Prompts:
             [prompt for prompt, _ in work],
             rows,
             [len(prompts[prompt]) for prompt, _ in work],
-            room=room,
         )
         if self._beginnings is None:
             return found
-        before = [self._beginnings.fired[self._begun.index(row)] for row in rows]
+        before = [self._beginnings.fired[self._begun[row]] for row in rows]
         return found._replace(fired=[_sum(*counts) for counts in zip(before, found.fired, strict=True)])
 
-    def _read_beginnings(self, rows: list[int]) -> None:
-        """The common beginning under each of these configurations, and no others: they come in order."""
-        beginning, tokens = self._unsteered.beginning, self._unsteered.prefix
-        if beginning is None or set(rows) <= set(self._begun):
-            return
-        self._beginnings = None
-        number, shared = len(rows), self._shared(rows)
-        # Positions counted from the end lie behind the beginning in the shortest prompt, so in all.
-        shortest = min(map(len, self._unsteered.prompts))
-        text = self._unsteered.prompts[0][:tokens]
-        found = self._pass([text] * number, beginning, [0] * number, rows, [shortest] * number, room=0)
-        fill(found.cache, beginning, [0] * number, tokens, blocks=min(shared, self._replica.layers))
-        begun = Texts(number, tokens)
-        begun.put(range(number), found, blocks=self._replica.layers, outputs={})
-        self._begun, self._beginnings = rows, begun
+    def _computed(self, rows: Sequence[int]) -> list[int]:
+        return first_sequences(self._replica, [self._tables.shared[row] for row in rows])
 
-    def _shared(self, rows: Sequence[int]) -> int:
-        [shared] = {self._tables.shared[row] for row in rows}
-        return shared
+    def _fill_shared(
+        self, cache: KeyValues, texts: Texts, places: Sequence[int], tokens: int, rows: Sequence[int]
+    ) -> None:
+        for layer, states, computed in zip(cache.by_layer, texts.states, self._computed(rows), strict=False):
+            if computed < len(rows):
+                kept = [each[places[computed:], :, -tokens:] for each in states]
+                layer.put(slice(computed, len(rows)), cache.length - tokens, kept)
 
     def _pass(
         self,
@@ -158,59 +166,38 @@ class Prompts:
         places: Sequence[int],
         rows: Sequence[int],
         prompt_tokens: Sequence[int],
-        *,
-        room: int,
     ) -> Prefill:
-        """Read texts from where the configurations begin to differ from the unsteered.
+        """Read texts, each from where its configuration begins to differ from the unsteered.
 
         Args:
             texts: Token ids.
             unsteered: The same texts, as they were read without steering.
             places: Which of those each text is.
-            rows: Row of the tables of each text.
+            rows: Row of the tables of each text, those that share fewest blocks first.
             prompt_tokens: Length of the whole prompt of each text.
-            room: Tokens for which the cache keeps memory free.
         """
-        shared = self._shared(rows)
-        begun = [self._begun.index(row) for row in rows] if self._beginnings is not None else []
-        if shared > self._replica.layers:
-            cache, mask_ST = begin(self._replica, texts, self._beginnings, begun, room=room)
+        begun = [self._begun[row] for row in rows] if self._beginnings is not None else []
+        changed = sum(self._tables.shared[row] <= self._replica.layers for row in rows)
+        if not changed:
+            cache, mask_ST = begin(self._replica, texts, self._beginnings, begun)
+            cache.length = mask_ST.shape[1]
             return Prefill(cache, mask_ST, unsteered.logits_NV[places], [{} for _ in texts])
+        computed = self._computed(rows)
+        tokens = max(map(len, texts))
+
+        def known(block: int, output_STD: Tensor | None) -> Tensor | None:
+            kept = unsteered.outputs.get(block)
+            return None if kept is None else kept[places[computed[block] :], -tokens:]
+
         steering = Steering(self._tables.take(rows), prompt_tokens)
-        with ExitStack() as hooks:
-            if shared:
-                output_STD = unsteered.outputs[shared - 1][places, -max(map(len, texts)) :]
-                hooks.enter_context(resumed(self._replica, shared, output_STD))
-            hooks.enter_context(steered(self._replica, steering))
-            found = prefill(self._replica, texts, self._beginnings, begun, room=room)
+        with (
+            skipping(self._replica, computed, len(texts), known),
+            steered(self._replica, steering),
+        ):
+            found = prefill(self._replica, texts, self._beginnings, begun)
+        found.logits_SV[changed:] = unsteered.logits_NV[places[changed:]]
         return found._replace(fired=steering.counts())
 
 
 def _sum(one: Counts, other: Counts) -> Counts:
     return {place: one.get(place, 0) + other.get(place, 0) for place in one.keys() | other.keys()}
-
-
-@contextmanager
-def resumed(replica: Replica, shared: int, output_STD: Tensor) -> Iterator[None]:
-    """Inside the block, a pass begins after the first `shared` blocks.
-
-    Args:
-        replica: The model.
-        shared: Number of blocks that are not computed; their keys and values are not written.
-        output_STD: What the last of them puts out, shape (S, T, D); hooks on it still run.
-    """
-    blocks = [replica.blocks[index] for index in range(shared)]
-    try:
-        for block in blocks:
-            block.forward = _giving(output_STD, as_tuple=replica.blocks_give_tuples)
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-
-
-def _giving(output: Tensor, *, as_tuple: bool) -> Any:
-    def forward(*arguments: Any, **options: Any) -> Any:
-        return (output,) if as_tuple else output
-
-    return forward

@@ -41,7 +41,13 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> "Table":
         """The rows of the sequences of a batch."""
-        index = torch.tensor(rows, device=self.add_RKD.device)
+        return self._at(torch.tensor(rows, device=self.add_RKD.device))
+
+    def first(self, number: int) -> "Table":
+        """The first rows."""
+        return self if number == len(self.add_RKD) else self._at(slice(number))
+
+    def _at(self, index: Tensor | slice) -> "Table":
         return Table(
             self.add_RKD[index],
             None if self.unit_RD is None else self.unit_RD[index],
@@ -60,12 +66,15 @@ class RowTables:
         shared: For each row, how many blocks from the bottom put out what they would put out in the
             unsteered model while the prompt is read, hooks on the last of them left aside; one more than
             there are blocks if the prompt is not changed at all.
+        untouched: For each row, how many blocks from the bottom put out what they would put out in the
+            unsteered model for the same text, new tokens included; counted as `shared` is.
         positions: For each row, the positions in the prompt that each of its interventions names.
         same: For each row, the first row that does the same.
     """
 
     tables: Mapping[Place, Sequence[Table]]
     shared: Sequence[int]
+    untouched: Sequence[int]
     positions: Sequence[Sequence[tuple[int, ...]]]
     same: Sequence[int]
 
@@ -80,6 +89,7 @@ class RowTables:
         return RowTables(
             taken,
             [self.shared[row] for row in rows],
+            [self.untouched[row] for row in rows],
             [self.positions[row] for row in rows],
             [self.same[row] for row in rows],
         )
@@ -117,9 +127,9 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
         SpecError: If an intervention cannot be meant; the message names the row.
     """
     stacks: dict[Place, list[dict[int, Terms]]] = {}
-    shared, contents = [], []
+    shared, untouched, contents = [], [], []
     for row, changes in enumerate(rows):
-        depth = replica.layers + 1
+        depth = lowest = replica.layers + 1
         content = []
         for change in changes:
             try:
@@ -135,9 +145,11 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
                 stack.append(free := {})
             free[row] = found
             content.append((place, found.content))
+            lowest = min(lowest, change.layer + (change.site == "after"))
             if change.tokens != "generated":
-                depth = min(depth, change.layer + (change.site == "after"))
+                depth = lowest
         shared.append(depth)
+        untouched.append(lowest)
         contents.append(tuple(content))
     tables = {
         place: [_table(replica, place, table, len(rows)) for table in stack]
@@ -146,7 +158,7 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
     positions = [
         [change.tokens for change in changes if isinstance(change.tokens, tuple)] for changes in rows
     ]
-    return RowTables(tables, shared, positions, [contents.index(content) for content in contents])
+    return RowTables(tables, shared, untouched, positions, [contents.index(content) for content in contents])
 
 
 def _table(replica: Replica, place: Place, rows: Mapping[int, Terms], number: int) -> Table:
@@ -200,15 +212,18 @@ class Steering:
 
         Args:
             place: Where it is.
-            h_STD: The hidden state; some models' feed-forward parts give it as (S x T, D).
+            h_STD: The hidden state; some models' feed-forward parts give it as (S x T, D). Inside a block
+                that computes only the first sequences it is theirs.
             positions_ST: Position of each token in its text, from 0; -1 marks padding.
         """
         shape = h_STD.shape
-        positions_ST = positions_ST.to(h_STD.device)
+        number = h_STD.numel() // (positions_ST.shape[1] * shape[-1])
+        positions_ST = positions_ST[:number].to(h_STD.device)
         h_STD = h_STD.view(*positions_ST.shape, shape[-1])
-        for table, fired_S in zip(self.tables[place], self.fired[place], strict=True):
+        for whole, fired_S in zip(self.tables[place], self.fired[place], strict=True):
+            table = whole.first(number)
             inside_STK = self._inside(table, positions_ST)
-            fired_S += inside_STK.any(dim=2).sum(dim=1)
+            fired_S[:number] += inside_STK.any(dim=2).sum(dim=1)
             h_STD = _changed(h_STD, table, None if table.everywhere else inside_STK)
         return h_STD.view(shape)
 
@@ -217,7 +232,7 @@ class Steering:
         return lambda h_STD: self.change(place, h_STD, replica.positions_ST)
 
     def _inside(self, table: Table, positions_ST: Tensor) -> Tensor:
-        prompt_S11 = self._prompt_S.to(positions_ST.device)[:, None, None]
+        prompt_S11 = self._prompt_S[: len(positions_ST)].to(positions_ST.device)[:, None, None]
         start, stop, from_prompt, to_prompt = table.spans_RK4[:, None].unbind(dim=-1)
         position_ST1 = positions_ST[..., None]
         after = position_ST1 >= start + from_prompt * prompt_S11
