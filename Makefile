@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench-steering | lock
+# make install | demo | test | lint | bench-steering | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint bench-steering lock
+.PHONY: install demo test lint bench-steering bench-gpu lock
 
 install: $(STAMP)
 
@@ -49,9 +49,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About half an hour on 2 cores; writes benchmarks/results/steering.json.
+# About 40 minutes on 2 cores; writes benchmarks/results/memory.json and steering.json.
 bench-steering: install
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steering
+
+# Needs a GPU; writes benchmarks/results/gpu.json.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 # Writes requirements.lock from the pins in pyproject.toml; [tool.uv] there says what is left out, and why.
 # Indirect packages stay as they are locked; `make lock UPGRADE=--upgrade` moves them to their newest.

@@ -57,13 +57,15 @@ def timed(rows: int, run: Callable[[], Found]) -> Timed:
     return Timed(rows / (time.perf_counter() - began), made)
 
 
-def ours(replica: Replica, workload: Workload, *, forced: bool, slots: int) -> list[Continuation]:
+def ours(
+    replica: Replica, workload: Workload, *, forced: bool, slots: int, new_tokens: int = NEW_TOKENS
+) -> list[Continuation]:
     """Completions, cell by cell."""
     work = [
         Work(prompt, row) for row in range(len(workload.cells)) for prompt in range(len(workload.prompts))
     ]
     tables = row_tables(replica, workload.rows())
-    decoding = Decoding(max_new_tokens=NEW_TOKENS, stops=not forced, slots=slots)
+    decoding = Decoding(max_new_tokens=new_tokens, stops=not forced, slots=slots)
     found = dict(generate(replica, workload.prompts, tables, work, decoding))
     return [found[index] for index in range(len(work))]
 
@@ -112,6 +114,7 @@ def peer(
     batch: int,
     *,
     forced: bool = False,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[list[int]]:
     """New tokens as a peer makes them, cell by cell."""
     return peers.generate(
@@ -120,7 +123,7 @@ def peer(
         cells,
         workload.prompts,
         batch=batch,
-        new_tokens=NEW_TOKENS,
+        new_tokens=new_tokens,
         forced=forced,
     )
 

@@ -5,7 +5,8 @@ token last. A sequence that ends gives its slot to the last live one, one that j
 nothing else moves. H heads, T tokens, E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,8 @@ class _Layer(DynamicLayer):
     Attributes:
         states: Keys and values, each (slots, H, capacity, E); nothing before the first write.
         length: Tokens of the time axis so far.
+        at_1: Place of the time axis that the next token is written to, and all of whose capacity is then
+            handed back; None while `length` says it.
     """
 
     is_sliding = False
@@ -29,12 +32,18 @@ class _Layer(DynamicLayer):
         self._capacity = capacity
         self.states: tuple[Tensor, ...] = ()
         self.length = 0
+        self.at_1: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new tokens of the first sequences; returns all that these have, as views."""
         sequences = key_states.shape[0]
+        if self.at_1 is not None:
+            keys, values = (states[:sequences] for states in self.states)
+            keys.index_copy_(2, self.at_1, key_states)
+            values.index_copy_(2, self.at_1, value_states)
+            return keys, values
         self.put(slice(0, sequences), self.length, (key_states, value_states))
         self.length += key_states.shape[2]
         keys, values = (states[:sequences, :, : self.length] for states in self.states)
@@ -57,6 +66,8 @@ class _Layer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Tokens that a query may see, and the place of the first."""
+        if self.at_1 is not None:
+            return self._capacity, 0
         # Older releases of transformers hand over the positions of the query, not their number.
         query = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + query, 0
@@ -88,6 +99,20 @@ class KeyValues(Cache):
     def length(self, tokens: int) -> None:
         for layer in self.by_layer:
             layer.length = tokens
+
+    @contextmanager
+    def written_at(self, at_1: Tensor) -> Iterator[None]:
+        """Inside the block a pass writes one token to the place that a tensor names; `length` stays.
+
+        Attention then sees the whole capacity, so that nothing but contents changes from step to step.
+        """
+        for layer in self.by_layer:
+            layer.at_1 = at_1
+        try:
+            yield
+        finally:
+            for layer in self.by_layer:
+                layer.at_1 = None
 
     def take_in(self, slots: Sequence[int], other: "KeyValues") -> None:
         """Copy the first sequences of another cache into these slots, their last token at `length`."""

@@ -20,6 +20,7 @@ from jobs.engine.prefill import Prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
 from jobs.engine.skipping import first_sequences, skipping
+from jobs.engine.static import StaticStep, can_stay
 from jobs.engine.tables import Counts, RowTables, Steering, steered
 
 _SPARE_TOKENS = 32
@@ -126,7 +127,7 @@ def _generate(
     decoding: Decoding,
 ) -> Iterator[tuple[int, Continuation]]:
     longest = max(len(prompts[each.prompt]) for each in work)
-    batch = _Batch(replica, tables, decoding, longest)
+    batch = _Batch(replica, tables, decoding, longest=longest, sequences=len(work))
     pairs = [(each.prompt, each.row) for each in work]
     # A batch is refilled by parts, so that it is never far from full and never filled one by one. All that
     # is done to a prompt comes together: its sequences have much in common.
@@ -180,19 +181,23 @@ class _Slot:
 class _Batch:
     """The sequences that are being completed; the live ones are the first slots of the cache."""
 
-    def __init__(self, replica: Replica, tables: RowTables, decoding: Decoding, longest: int) -> None:
+    def __init__(
+        self, replica: Replica, tables: RowTables, decoding: Decoding, *, longest: int, sequences: int
+    ) -> None:
         self._replica = replica
         self._tables = tables
         self._decoding = decoding
         self._longest = longest
         capacity = longest + decoding.max_new_tokens + _SPARE_TOKENS
         fitting = replica.memory // 2 // (capacity * replica.cache_bytes)
-        self._most = max(1, min(decoding.slots, fitting))
+        self._most = max(1, min(decoding.slots, fitting, sequences))
         self._cache = KeyValues(replica.layers, slots=self._most, capacity=capacity)
         self._cache.length = longest
         self._mask = torch.zeros((self._most, capacity), dtype=torch.int64, device=replica.device)
         self._slots: list[_Slot] = []
-        self._steering: Steering | None = None
+        self._stays = can_stay(replica)
+        self._static: StaticStep | None = None
+        self._counting: Steering | StaticStep | None = None
 
     @property
     def live(self) -> int:
@@ -258,6 +263,22 @@ class _Batch:
         """One more token for every sequence."""
         if self._cache.length == self._cache.capacity:
             self._drop_oldest()
+        logits_SV = self._static_step() if self._stays else self._lockstep()
+        self._choose(self._slots, logits_SV)
+
+    def _static_step(self) -> Tensor:
+        """Logits of the next tokens; every slot computes every block."""
+        if self._static is None:
+            self._static = StaticStep(self._replica, self._tables, self._cache, self._mask)
+        if self._counting is None:
+            self._static.load(*self._rows())
+            self._counting = self._static
+        return self._static.run(
+            [slot.text[-1] for slot in self._slots], [len(slot.text) - 1 for slot in self._slots]
+        )
+
+    def _lockstep(self) -> Tensor:
+        """Logits of the next tokens; sequences of the same text run as one as far as they can."""
         blocks, _ = self._skipped()
         self._move(in_order(blocks))
         blocks, leader = self._skipped()
@@ -266,22 +287,26 @@ class _Batch:
         self._mask[: self.live, length] = 1
         ids_S1 = torch.tensor([[slot.text[-1]] for slot in self._slots], device=self._replica.device)
         positions_S1 = torch.tensor([[len(slot.text) - 1] for slot in self._slots], device=ids_S1.device)
-        if self._steering is None:
-            rows = [slot.row for slot in self._slots]
-            self._steering = Steering(self._tables.take(rows), [slot.prompt_tokens for slot in self._slots])
+        if not isinstance(self._counting, Steering):
+            rows, prompt_tokens = self._rows()
+            self._counting = Steering(self._tables.take(rows), prompt_tokens)
 
         def known(block: int, output_STD: Tensor | None) -> Tensor | None:
             return None if output_STD is None else output_STD[leader[computed[block] :]]
 
         with (
             skipping(self._replica, computed, self.live, known),
-            steered(self._replica, self._steering),
+            steered(self._replica, self._counting),
         ):
             logits = self._replica.forward(
                 ids_S1, self._mask[: self.live, : length + 1], positions_S1, keep=1, cache=self._cache
             )
         self._cache.follow(computed, leader)
-        self._choose(self._slots, logits[:, -1])
+        return logits[:, -1]
+
+    def _rows(self) -> tuple[list[int], list[int]]:
+        """Row of the tables, and length of the prompt, of each sequence."""
+        return [slot.row for slot in self._slots], [slot.prompt_tokens for slot in self._slots]
 
     def _skipped(self) -> tuple[list[int], list[int]]:
         """What `lockstep.skipped` gives for the live sequences."""
@@ -299,7 +324,7 @@ class _Batch:
 
     def _count(self) -> None:
         """Add what has fired since the batch last changed to its sequences' own counts."""
-        if self._steering is not None:
-            for slot, counts in zip(self._slots, self._steering.counts(), strict=True):
+        if self._counting is not None:
+            for slot, counts in zip(self._slots, self._counting.counts(), strict=False):
                 slot.count(counts)
-        self._steering = None
+        self._counting = None

@@ -43,6 +43,17 @@ class Table:
         """The rows of the sequences of a batch."""
         return self._at(torch.tensor(rows, device=self.add_RKD.device))
 
+    def load(self, other: "Table") -> None:
+        """Write the rows of a table of the same kind over the first ones of this."""
+        for mine, theirs in (
+            (self.add_RKD, other.add_RKD),
+            (self.unit_RD, other.unit_RD),
+            (self.replaces_R, other.replaces_R),
+            (self.spans_RK4, other.spans_RK4),
+        ):
+            if mine is not None and theirs is not None:
+                mine[: len(theirs)] = theirs
+
     def first(self, number: int) -> "Table":
         """The first rows."""
         return self if number == len(self.add_RKD) else self._at(slice(number))
@@ -198,7 +209,11 @@ class Steering:
 
     def __init__(self, tables: RowTables, prompt_tokens: Sequence[int]) -> None:
         self.tables = tables.tables
-        self._prompt_S = torch.tensor(prompt_tokens)
+        prompt_S = torch.tensor(prompt_tokens)
+        self._prompt_S = {
+            place: prompt_S.to(stack[0].add_RKD.device) for place, stack in tables.tables.items()
+        }
+        self._sequences = len(prompt_tokens)
         self.fired = {
             place: [
                 torch.zeros(len(prompt_tokens), dtype=torch.int64, device=table.add_RKD.device)
@@ -222,7 +237,7 @@ class Steering:
         h_STD = h_STD.view(*positions_ST.shape, shape[-1])
         for whole, fired_S in zip(self.tables[place], self.fired[place], strict=True):
             table = whole.first(number)
-            inside_STK = self._inside(table, positions_ST)
+            inside_STK = _inside(table, positions_ST, self._prompt_S[place])
             fired_S[:number] += inside_STK.any(dim=2).sum(dim=1)
             h_STD = _changed(h_STD, table, None if table.everywhere else inside_STK)
         return h_STD.view(shape)
@@ -231,20 +246,39 @@ class Steering:
         """What changes the hidden state of the pass that is running."""
         return lambda h_STD: self.change(place, h_STD, replica.positions_ST)
 
-    def _inside(self, table: Table, positions_ST: Tensor) -> Tensor:
-        prompt_S11 = self._prompt_S[: len(positions_ST)].to(positions_ST.device)[:, None, None]
-        start, stop, from_prompt, to_prompt = table.spans_RK4[:, None].unbind(dim=-1)
-        position_ST1 = positions_ST[..., None]
-        after = position_ST1 >= start + from_prompt * prompt_S11
-        before = position_ST1 < stop + to_prompt * prompt_S11
-        return after & before & (position_ST1 >= 0)
+    @property
+    def all_fired(self) -> list[Tensor]:
+        """The counters of all tables."""
+        return [fired_S for stack in self.fired.values() for fired_S in stack]
+
+    def load(self, tables: RowTables, prompt_tokens: Sequence[int]) -> None:
+        """Let the first sequences be others, in the same memory, and begin to count at 0.
+
+        Args:
+            tables: One row a sequence, of the tables that this was made from.
+            prompt_tokens: Length of each one's prompt.
+        """
+        for place, stack in self.tables.items():
+            self._prompt_S[place][: len(prompt_tokens)] = torch.tensor(prompt_tokens)
+            for mine, theirs in zip(stack, tables.tables[place], strict=True):
+                mine.load(theirs)
+        for fired_S in self.all_fired:
+            fired_S.zero_()
 
     def counts(self) -> list[Counts]:
         """For each sequence, at how many tokens all tables of a place together have changed it."""
         sums = {place: torch.stack(stack).sum(dim=0).tolist() for place, stack in self.fired.items()}
-        return [
-            {place: found[index] for place, found in sums.items()} for index in range(len(self._prompt_S))
-        ]
+        return [{place: found[index] for place, found in sums.items()} for index in range(self._sequences)]
+
+
+def _inside(table: Table, positions_ST: Tensor, prompt_S: Tensor) -> Tensor:
+    """Which tokens each span holds, shape (S, T, K)."""
+    prompt_S11 = prompt_S[: len(positions_ST), None, None]
+    start, stop, from_prompt, to_prompt = table.spans_RK4[:, None].unbind(dim=-1)
+    position_ST1 = positions_ST[..., None]
+    after = position_ST1 >= start + from_prompt * prompt_S11
+    before = position_ST1 < stop + to_prompt * prompt_S11
+    return after & before & (position_ST1 >= 0)
 
 
 def _changed(h_STD: Tensor, table: Table, inside_STK: Tensor | None) -> Tensor:
