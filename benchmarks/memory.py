@@ -24,9 +24,9 @@ from jobs.engine.tables import row_tables
 from jobs.spec import ModelRef
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-SIZES = {"grid": (16, 6), "10 x the prompts": (160, 6), "10 x the configurations": (16, 60)}
+SIZES = {"grid": (48, 8), "10 x the prompts": (480, 8), "10 x the configurations": (48, 80)}
 """Prompts and configurations."""
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 MEMORY_MIB = 256
 
 

@@ -27,7 +27,6 @@ from benchmarks.workload import (
     head_flops,
     make_workload,
     needed_flops,
-    tokens_read,
 )
 from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.groups import next_token
@@ -58,7 +57,7 @@ def timed(rows: int, run: Callable[[], Found]) -> Timed:
 
 
 def ours(
-    replica: Replica, workload: Workload, *, forced: bool, slots: int, new_tokens: int = NEW_TOKENS
+    replica: Replica, workload: Workload, *, forced: bool, slots: int | None, new_tokens: int = NEW_TOKENS
 ) -> list[Continuation]:
     """Completions, cell by cell."""
     work = [
@@ -160,7 +159,7 @@ def rows_of(workload: Workload, cells: Sequence[Cell]) -> int:
     return len(cells) * len(workload.prompts)
 
 
-def bench_fp32(model: str, slots: int, sample: int) -> dict[str, Any]:
+def bench_fp32(model: str, slots: int | None, sample: int) -> dict[str, Any]:
     """Everything in float32: natural stop, forced length, logits; peers on the grid or a sample of it."""
     replica = load_replica(ModelRef(id=model))
     workload = make_workload(replica)
@@ -189,13 +188,15 @@ def bench_fp32(model: str, slots: int, sample: int) -> dict[str, Any]:
         for name in ("steering-vectors", "repeng", "plain hook loop")
     }
     logits = timed(rows, lambda: ours_by_logits(replica, workload))
-    read = {
-        "natural stop": tokens_read(natural.made, len(workload.prompts), most=NEW_TOKENS),
-        "forced": tokens_read(forced.made, len(workload.prompts), most=NEW_TOKENS),
-        "logits": [[0] * len(workload.prompts) for _ in workload.cells],
-    }
     found = prompt_families(replica, workload)
-    needed = {name: needed_flops(replica, workload, found, each) for name, each in read.items()}
+    made = {
+        "natural stop": [each.tokens for each in natural.made],
+        "forced": [each.tokens for each in forced.made],
+        "logits": None,
+    }
+    needed = {
+        name: needed_flops(replica, workload, found, tokens, most=NEW_TOKENS) for name, tokens in made.items()
+    }
     ceiling = gemm_ceiling(
         torch.float32,
         inputs=replica.hidden_size,
@@ -220,7 +221,7 @@ def bench_fp32(model: str, slots: int, sample: int) -> dict[str, Any]:
         "token_identical_rows": rows - len(gaps),
         "differing_beyond_a_near_tie": sum(gap >= NEAR_TIE for gap in gaps),
         "mean_new_tokens": new_tokens / rows,
-        "mean_alive_a_step": {"ours": alive, "of slots": slots},
+        "mean_alive_a_step": alive,
         "share_of_peer_steps_that_are_alive": new_tokens / peer_steps,
         "prompt_families": [{"prompts": len(each.prompts), "prefix": each.prefix} for each in found],
         "needed_flops": needed,
@@ -231,7 +232,7 @@ def bench_fp32(model: str, slots: int, sample: int) -> dict[str, Any]:
     }
 
 
-def bench_bf16(model: str, slots: int, batch: int, sample: int) -> dict[str, Any]:
+def bench_bf16(model: str, slots: int | None, batch: int, sample: int) -> dict[str, Any]:
     """bfloat16 against the peer in bfloat16, on a part of the grid."""
     replica = load_replica(ModelRef(id=model, dtype="bfloat16"))
     workload = make_workload(replica, layers=(11, 20))
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str]) -> None:
     """Time everything, print it and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--slots", type=int, default=128, help="most sequences of our batch")
+    parser.add_argument("--slots", type=int, help="most sequences of our batch")
     parser.add_argument("--sample", type=int, default=6, help="configurations that slow peers are timed on")
     parser.add_argument("--skip-bf16", action="store_true", help="bfloat16 is slow on most CPUs")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -11,10 +11,11 @@ from jobs.data.claims import ClaimQuestion, load_questions
 from jobs.data.pairs import load_pairs
 from jobs.directions.contrast import mean_difference
 from jobs.engine.capture import capture_last
-from jobs.engine.decoding import Continuation
 from jobs.engine.interventions import Add
+from jobs.engine.lockstep import skipped
 from jobs.engine.prefixes import Family
 from jobs.engine.replica import Replica
+from jobs.engine.tables import row_tables
 
 LAYERS = (8, 11, 14, 17, 20, 23)
 DOSES = (-0.3, -0.15, 0.0, 0.15, 0.3)
@@ -78,41 +79,52 @@ def head_flops(replica: Replica) -> float:
 
 
 def needed_flops(
-    replica: Replica, workload: Workload, found: Sequence[Family], tokens_read: Sequence[Sequence[int]]
+    replica: Replica,
+    workload: Workload,
+    found: Sequence[Family],
+    completions: Sequence[Sequence[int]] | None,
+    *,
+    most: int,
 ) -> float:
     """Floating-point operations that the workload needs once everything that can be shared is.
 
-    Every prompt is read once without steering, and from the steered block on once a configuration; the
-    prefix of a family once a configuration; configurations of dose 0 are one. Attention over the past is left
+    Equal configurations are one. Every prompt is read once without steering, and from the steered block on
+    once a configuration; the prefix of a family once a configuration. A new token costs the blocks below the
+    steered one once for all configurations whose text is the same so far. Attention over the past is left
     out: about 2 % at these lengths.
 
     Args:
         replica: The model.
         workload: Prompts and configurations.
         found: Prompts that begin alike.
-        tokens_read: Cell -> prompt -> new tokens that are read again to go on.
+        completions: New tokens, cell by cell; None if only the first one's logits are wanted.
+        most: Most new tokens; the last of a full completion is not read.
     """
+    tables = row_tables(replica, workload.rows())
+    rows = [row for row, first in enumerate(tables.same) if row == first]
+    prompts, layers = len(workload.prompts), replica.layers
     prompt_tokens = sum(family.prefix for family in found) + sum(
         len(workload.prompts[prompt]) - family.prefix for family in found for prompt in family.prompts
     )
-    prompts = len(workload.prompts)
-    layers = replica.layers
-    blocks, heads = float(prompt_tokens * layers), float(prompts)
-    zero_is_counted = False
-    for cell, read in zip(workload.cells, tokens_read, strict=True):
-        if cell.dose == 0 and zero_is_counted:
-            continue
-        if cell.dose == 0:
-            zero_is_counted = True
-        else:
-            blocks += prompt_tokens * (layers - 1 - cell.layer)
-            heads += prompts
-        blocks += sum(read) * layers
-        heads += sum(read)
+    changed = [tables.shared[row] for row in rows if tables.shared[row] <= layers]
+    blocks = prompt_tokens * (layers + sum(layers - shared for shared in changed))
+    heads = prompts * (1 + len(changed))
+    if completions is not None:
+        untouched = [tables.untouched[row] for row in rows]
+        for prompt in range(prompts):
+            texts = [completions[row * prompts + prompt][: most - 1] for row in rows]
+            blocks += _blocks_of_new_tokens(texts, untouched, layers)
+            heads += sum(map(len, texts))
     return blocks * block_flops(replica) + heads * head_flops(replica)
 
 
-def tokens_read(found: Sequence[Continuation], prompts: int, *, most: int) -> list[list[int]]:
-    """Cell -> prompt -> new tokens that had to be read to go on: the last of a full completion is not."""
-    read = [min(len(each.tokens), most - 1) for each in found]
-    return [read[start : start + prompts] for start in range(0, len(read), prompts)]
+def _blocks_of_new_tokens(texts: Sequence[Sequence[int]], untouched: Sequence[int], layers: int) -> int:
+    """Blocks that reading the new tokens of one prompt takes, under all configurations together."""
+    blocks = 0
+    for read in range(1, max(map(len, texts)) + 1):
+        reading = [index for index, text in enumerate(texts) if len(text) >= read]
+        known, _ = skipped(
+            [tuple(texts[index][:read]) for index in reading], [untouched[index] for index in reading], layers
+        )
+        blocks += sum(layers - number for number in known)
+    return blocks

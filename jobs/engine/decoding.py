@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.engine.cache import KeyValues
 from jobs.engine.groups import check_work, groups, once
 from jobs.engine.lockstep import in_order, skipped
-from jobs.engine.memory import within_memory
+from jobs.engine.memory import share, within_memory
 from jobs.engine.prefill import Prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
@@ -23,6 +23,8 @@ from jobs.engine.skipping import first_sequences, skipping
 from jobs.engine.static import StaticStep, can_stay
 from jobs.engine.tables import Counts, RowTables, Steering, steered
 
+# A CPU gains nothing from more; a GPU reads its weights once for all of them.
+_SLOTS_ON_CPU, _SLOTS_ON_GPU = 160, 512
 _SPARE_TOKENS = 32
 """The time axis is longer than any sequence, so that old tokens are dropped from it seldom."""
 
@@ -49,18 +51,18 @@ class Decoding:
         max_new_tokens: Most tokens of a completion, at least 1.
         sampling: How tokens are chosen.
         stops: Whether a stop token ends a completion; without it every one gets all its tokens.
-        slots: Most sequences of the batch.
+        slots: Most sequences of the batch; None takes 160 on a CPU and 512 on a GPU.
         first_logits: Whether the logits of the first new token are handed over.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stops: bool = True
-    slots: int = 64
+    slots: int | None = None
     first_logits: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.slots < 1:
+        if self.max_new_tokens < 1 or (self.slots is not None and self.slots < 1):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens}, slots={self.slots}; each takes 1 or more"
             )
@@ -189,8 +191,9 @@ class _Batch:
         self._decoding = decoding
         self._longest = longest
         capacity = longest + decoding.max_new_tokens + _SPARE_TOKENS
-        fitting = replica.memory // 2 // (capacity * replica.cache_bytes)
-        self._most = max(1, min(decoding.slots, fitting, sequences))
+        fitting = share(replica, "batch") // (capacity * replica.cache_bytes)
+        slots = decoding.slots or (_SLOTS_ON_CPU if replica.device.type == "cpu" else _SLOTS_ON_GPU)
+        self._most = max(1, min(slots, fitting, sequences))
         self._cache = KeyValues(replica.layers, slots=self._most, capacity=capacity)
         self._cache.length = longest
         self._mask = torch.zeros((self._most, capacity), dtype=torch.int64, device=replica.device)

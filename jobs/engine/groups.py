@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from jobs.engine.memory import Found, within_memory
+from jobs.engine.memory import Found, pass_tokens, share, within_memory
 from jobs.engine.prefixes import Family, families
-from jobs.engine.replica import Replica
+from jobs.engine.replica import MOST_KEPT, Replica
 from jobs.engine.sharing import Prompts, Unsteered
 from jobs.engine.tables import RowTables
 from jobs.errors import SpecError
@@ -123,19 +123,19 @@ def groups(
         members.setdefault(prompt, []).append(index)
     rows = sorted({row for _, row in work}, key=lambda row: (tables.shared[row], row))
     needs = _Needs.of(replica, tables, rows)
-    for chunk in _chunks(replica, prompts, families(replica, prompts, sorted(members), tables), needs):
-        for family in chunk:
-            reader = Prompts(replica, _unsteered(replica, prompts, family, needs), tables)
-            order = sorted(range(len(family.prompts)), key=lambda place: -len(prompts[family.prompts[place]]))
-            for begun in _begun_together(replica, rows, family.prefix):
+    for family in families(replica, prompts, sorted(members), tables):
+        for part in _parts(replica, prompts, family, needs):
+            reader = Prompts(replica, _unsteered(replica, prompts, part, needs), tables)
+            order = sorted(range(len(part.prompts)), key=lambda place: -len(prompts[part.prompts[place]]))
+            for begun in _begun_together(replica, rows, part.prefix):
                 reader.begin(begun)
                 pieces = [
-                    _Piece(index, place, len(prompts[family.prompts[place]]) - family.prefix)
+                    _Piece(index, place, len(prompts[part.prompts[place]]) - part.prefix)
                     for place in order
-                    for index in members[family.prompts[place]]
+                    for index in members[part.prompts[place]]
                     if work[index][1] in begun
                 ]
-                for cut in _cut(pieces, most, replica.token_budget):
+                for cut in _cut(pieces, most, pass_tokens(replica)):
                     cut.sort(key=lambda piece: (tables.shared[work[piece.number][1]], piece.number))
                     pairs = [(piece.place, work[piece.number][1]) for piece in cut]
                     yield Group(reader, [piece.number for piece in cut], pairs)
@@ -143,10 +143,9 @@ def groups(
 
 def _begun_together(replica: Replica, rows: Sequence[int], prefix: int) -> Iterator[Sequence[int]]:
     """Configurations whose common beginnings fit into memory, and into a pass, together."""
-    most = min(
-        replica.memory // 8 // max(1, prefix * replica.cache_bytes), replica.token_budget // max(1, prefix)
-    )
-    most = max(1, most)
+    prefix = max(1, prefix)
+    fitting = share(replica, "beginnings") // (prefix * replica.cache_bytes)
+    most = max(1, min(fitting, pass_tokens(replica) // prefix))
     for start in range(0, len(rows), most):
         yield rows[start : start + most]
 
@@ -182,29 +181,27 @@ def _unsteered(
     def read(needs: _Needs) -> Unsteered:
         return Unsteered(replica, texts, prefix=family.prefix, blocks=needs.blocks, layers=needs.layers)
 
-    if sum(map(len, texts)) * everything.bytes_a_token(replica) > replica.memory // 8:
+    tokens = family.prefix + sum(len(text) - family.prefix for text in texts)
+    if tokens * everything.bytes_a_token(replica) > share(replica, "kept") // MOST_KEPT:
         return read(needs)
     return replica.keep((Unsteered, tuple(map(tuple, texts)), family.prefix), lambda: read(everything))
 
 
-def _chunks(
-    replica: Replica, prompts: Sequence[Sequence[int]], found: Sequence[Family], needs: _Needs
-) -> Iterator[list[Family]]:
-    """Families, or parts of them, that fit into memory together."""
-    budget = max(1, replica.memory // 2 // max(1, needs.bytes_a_token(replica)))
-    chunk: list[Family] = []
-    tokens = 0
-    for family in found:
-        part = Family([], family.prefix)
-        chunk.append(part)
-        for prompt in family.prompts:
-            if tokens and tokens + len(prompts[prompt]) > budget:
-                yield [each for each in chunk if each.prompts]
-                part = Family([], family.prefix)
-                chunk, tokens = [part], 0
-            part.prompts.append(prompt)
-            tokens += len(prompts[prompt])
-    yield chunk
+def _parts(
+    replica: Replica, prompts: Sequence[Sequence[int]], family: Family, needs: _Needs
+) -> Iterator[Family]:
+    """A family in parts that fit into memory."""
+    budget = share(replica, "unsteered") // max(1, needs.bytes_a_token(replica))
+    part: list[int] = []
+    tokens = family.prefix
+    for prompt in family.prompts:
+        own = len(prompts[prompt]) - family.prefix
+        if part and tokens + own > budget:
+            yield Family(part, family.prefix)
+            part, tokens = [], family.prefix
+        part.append(prompt)
+        tokens += own
+    yield Family(part, family.prefix)
 
 
 class _Piece(NamedTuple):

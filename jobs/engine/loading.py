@@ -34,7 +34,7 @@ _FLOATS = {
     "float16": torch.float16,
 }
 _QUANTISED = ("int8", "int4")
-_MEMORY_WITHOUT_GPU = 2**30
+_MEMORY_WITHOUT_GPU = 2 * 2**30
 _SHARE_OF_FREE_MEMORY = 0.4
 
 
@@ -49,7 +49,7 @@ def load_replica(
             this process sees, or lie on the CPU if it sees none.
         token_budget: Most tokens of one forward pass.
         memory: Bytes for keys, values and activations that are kept. None takes 0.4 of what is free on the
-            GPUs once the weights are there, and 1 GiB on a CPU.
+            GPUs once the weights are there, and 2 GiB on a CPU.
 
     Raises:
         ModelError: If the model is unknown, cannot be read, is no decoder-only language model, does not fit,

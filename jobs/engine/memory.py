@@ -1,7 +1,7 @@
 """Work in batches that fit, halved where memory runs out all the same."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -9,6 +9,23 @@ from jobs.engine.replica import Replica
 from jobs.errors import OutOfMemory
 
 Found = TypeVar("Found")
+Use = Literal["batch", "unsteered", "kept", "beginnings", "pass"]
+_SIXTEENTHS: dict[Use, int] = {"batch": 6, "kept": 4, "unsteered": 2, "beginnings": 2, "pass": 2}
+"""What a replica's memory is for: the sequences that are being completed, unsteered prompts that are kept for
+the next call, those of this call, the common beginnings of configurations, and the pass that is running."""
+_WORKING_STATES = 16
+"""A block works with so many hidden states of a token at a time: attention, the wide part, float32 copies."""
+
+
+def share(replica: Replica, use: Use) -> int:
+    """Bytes of the replica's memory for a use."""
+    return replica.memory * _SIXTEENTHS[use] // 16
+
+
+def pass_tokens(replica: Replica) -> int:
+    """Most tokens (sequences x padded length) of one pass that keeps keys and values."""
+    token_bytes = replica.cache_bytes + _WORKING_STATES * replica.state_bytes
+    return max(1, min(replica.token_budget, share(replica, "pass") // token_bytes))
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -32,7 +49,7 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def in_batches(
     replica: Replica, lengths: Sequence[int], run: Callable[[list[int]], Sequence[Found]]
 ) -> list[Found]:
-    """What `run` finds for every sequence, in batches within the replica's token budget.
+    """What `run` finds for every sequence, in batches of at most `pass_tokens`.
 
     Args:
         replica: The model.
@@ -44,7 +61,7 @@ def in_batches(
     """
 
     def run_left(left: list[int]) -> Iterator[tuple[int, Found]]:
-        for batch in micro_batches([lengths[index] for index in left], replica.token_budget):
+        for batch in micro_batches([lengths[index] for index in left], pass_tokens(replica)):
             chosen = [left[place] for place in batch]
             yield from zip(chosen, run(chosen), strict=True)
 

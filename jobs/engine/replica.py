@@ -17,7 +17,7 @@ from jobs.engine.blocks import Parts, find_blocks, find_parts
 from jobs.errors import ModelError, SpecError
 
 Kept = TypeVar("Kept")
-_MOST_KEPT = 4
+MOST_KEPT = 4
 
 
 class Replica:
@@ -145,7 +145,7 @@ class Replica:
         """What `build` makes, kept for the next pack while it is among the few asked for last."""
         kept: Kept = self._kept.pop(key) if key in self._kept else build()
         self._kept[key] = kept
-        while len(self._kept) > _MOST_KEPT:
+        while len(self._kept) > MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         return kept
 
