@@ -1,27 +1,44 @@
-"""Complete prompts and conversations under the configurations of a pack, and read completions again.
+"""Complete prompts and hold conversations under the configurations of a pack."""
 
-T tokens of a completion, V vocabulary.
-"""
-
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from jobs.engine.decoding import Decoding, Work, generate
-from jobs.engine.memory import in_batches
+from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.replica import Replica
-from jobs.engine.tables import RowTables, Steering, steered
+from jobs.engine.tables import Counts, RowTables
 from jobs.errors import SpecError
-from jobs.scoring import logits
 
 NOT_FINITE = "the model's logits are not finite; use a smaller dose, or a wider dtype"
-_COPIES = 4
-"""So many times the logits are in memory: of two models, raw and as log-probabilities."""
+
+
+def flaw_of(found: Continuation) -> str | None:
+    """Why a continuation says nothing about its configuration; None if nothing is wrong."""
+    if not found.finite:
+        return NOT_FINITE
+    return missed(found.fired, found.intended)
+
+
+def missed(fired: Counts, intended: Counts) -> str | None:
+    """The places at which not as many tokens were changed as were to be; None if there are none.
+
+    Args:
+        fired: Place -> at how many tokens it was changed.
+        intended: Place -> at how many tokens it was to be changed.
+    """
+    places = sorted(fired.keys() | intended.keys())
+    wrong = [place for place in places if fired.get(place, 0) != intended.get(place, 0)]
+    if not wrong:
+        return None
+    said = [
+        f"at layer {place.layer}, site {place.site}, {fired.get(place, 0)} of {intended.get(place, 0)} tokens"
+        for place in wrong
+    ]
+    return (
+        f"the steering did not act as it was to: {'; '.join(said)} were changed; this model runs its blocks "
+        "in a way that hooks do not see: steer at another site, or take another model"
+    )
 
 
 class Reply(NamedTuple):
@@ -62,6 +79,13 @@ class Thread:
         pairs = zip(self.asked, self.replies, strict=False)
         said = [text for user, reply in pairs for text in (user, reply.text)]
         return [*said, self.asked[len(self.replies)]]
+
+
+def replies_of(threads: Sequence[Thread]) -> list[Reply]:
+    """All replies of conversations in their order; none if one of them has a flaw."""
+    if any(thread.flaw is not None for thread in threads):
+        return []
+    return [reply for thread in threads for reply in thread.replies]
 
 
 def converse(
@@ -124,7 +148,7 @@ def _answered(
     for index, found in generate(replica, prompts, tables, work, decoding) if work else ():
         thread, prompt = asking[index], prompts[work[index].prompt]
         thread.replies.append(Reply(list(prompt), found.tokens, replica.decode(found.tokens)))
-        thread.flaw = None if found.finite else NOT_FINITE
+        thread.flaw = flaw_of(found)
         yield thread
 
 
@@ -134,87 +158,3 @@ def _outgrown(replica: Replica, tokens: int) -> str | None:
     except SpecError as error:
         return f"a conversation has outgrown the context: {error}"
     return None
-
-
-@torch.inference_mode()
-def unsteered_nll(
-    replica: Replica, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> list[float]:
-    """Mean -ln p of each completion under the unsteered model, nats a token; NaN where it is empty."""
-    filled = [index for index, tokens in enumerate(completions) if tokens]
-    lengths = [len(prompts[index]) + len(completions[index]) for index in filled]
-
-    def score(batch: list[int]) -> list[float]:
-        new = [completions[filled[place]] for place in batch]
-        found = _predictions(replica, [prompts[filled[place]] for place in batch], new)
-        return [_nll(logits_TV, tokens) for logits_TV, tokens in zip(found, new, strict=True)]
-
-    scores = dict(zip(filled, in_batches(replica, lengths, score), strict=True))
-    return [scores.get(index, math.nan) for index in range(len(completions))]
-
-
-class Reread(NamedTuple):
-    """What the unsteered and the steered model say of a completion that both read.
-
-    Attributes:
-        nll: Mean -ln p of its tokens under the unsteered model, nats a token; NaN if it is empty.
-        first_kl: KL(unsteered || steered) of its first token, or of the stop token in its place, nats.
-        kl: The same, mean over its tokens, nats a token; NaN if it is empty.
-        finite: Whether the logits of both were finite where they predict it.
-    """
-
-    nll: float
-    first_kl: float
-    kl: float
-    finite: bool
-
-
-@torch.inference_mode()
-def reread(replica: Replica, replies: Sequence[Reply], tables: RowTables, row: int) -> list[Reread]:
-    """Completions, read by the unsteered model and under a row of the tables (teacher-forced).
-
-    Args:
-        replica: The model.
-        replies: The completions with their prompts.
-        tables: The configurations.
-        row: Which of them.
-    """
-
-    def compare(batch: list[int]) -> list[Reread]:
-        prompts = [replies[index].prompt for index in batch]
-        new = [replies[index].tokens for index in batch]
-        before = _predictions(replica, prompts, new)
-        with steered(replica, Steering(tables.take([row] * len(batch)), [*map(len, prompts)])):
-            after = _predictions(replica, prompts, new)
-        return [_reread(*each) for each in zip(before, after, new, strict=True)]
-
-    return in_batches(replica, [_cost(replica, reply) for reply in replies], compare)
-
-
-def _cost(replica: Replica, reply: Reply) -> int:
-    """Tokens of the budget that a completion takes: those it has, or as many as its logits fill."""
-    width = int(replica.model.config.get_text_config().vocab_size) * int(replica.model.dtype.itemsize)
-    memory = _COPIES * width * (len(reply.tokens) + 1)
-    return max(len(reply.prompt) + len(reply.tokens), memory * replica.token_budget // max(1, replica.memory))
-
-
-def _predictions(
-    replica: Replica, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> list[Tensor]:
-    """Logits that predict each completion's tokens and what follows them, shape (T + 1, V)."""
-    sequences = [[*prompt, *tokens] for prompt, tokens in zip(prompts, completions, strict=True)]
-    found = replica.logits(sequences, keep=max(map(len, completions)) + 1)
-    return [logits_TV[-len(tokens) - 1 :] for logits_TV, tokens in zip(found, completions, strict=True)]
-
-
-def _reread(before_TV: Tensor, after_TV: Tensor, tokens: list[int]) -> Reread:
-    first = float(logits.token_kl(before_TV[:1], after_TV[:1]))
-    kl = float(logits.completion_kl(before_TV[:-1], after_TV[:-1]))
-    nll = _nll(before_TV, tokens) if tokens else math.nan
-    return Reread(nll, first, kl, finite=not math.isnan(kl if tokens else first))
-
-
-def _nll(logits_TV: Tensor, tokens: list[int]) -> float:
-    return float(
-        logits.negative_log_likelihood(logits_TV[:-1], torch.tensor(tokens, device=logits_TV.device))
-    )

@@ -1,76 +1,30 @@
-"""Job: contrast pairs -> one direction a layer, with the residual norm that doses refer to."""
+"""Job: contrast pairs, or a file -> one direction a layer, with the residual norm that doses refer to."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from jobs.data.claims import honesty_pairs, load_questions
+import numpy as np
+
+from jobs.data.claims import load_questions
 from jobs.data.pairs import load_pairs
+from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
+from jobs.extraction import PRINCIPAL as PRINCIPAL
+from jobs.extraction import MethodName as MethodName
+from jobs.extraction import Params as Params
+from jobs.extraction import is_vector_file
+from jobs.resolve import locate_data
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    from jobs.directions.contrast import Rows
-    from jobs.directions.held_out import Method
     from jobs.engine.replica import Replica
 
-MethodName = Literal[
-    "mean_difference", "pca", "pca_differences", "pca_centred_differences", "logistic", "lda", "random"
-]
-PRINCIPAL: "Mapping[str, Rows]" = {
-    "pca": "activations",
-    "pca_differences": "differences",
-    "pca_centred_differences": "centred_differences",
-}
-"""Methods that take a principal component, and what of."""
-FOLDS = 5
-HONEST = "Pretend that you are always honest, no matter what."
-DISHONEST = "Pretend that you are dishonest when it serves you."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
-    """How a direction is extracted.
-
-    Attributes:
-        source: `text`: `pairs` is a dataset of positive and negative texts, read raw.
-            `claims`: `pairs` is a dataset of labelled claims; the positive side is an honest persona
-            giving the honest letter, the negative side a dishonest one giving the other letter.
-        pairs: Name or path of the dataset.
-        count: Number of pairs, taken from the start; 0 takes all (for claims: must be given).
-        method: `mean_difference`; a principal component of all activations (`pca`), of the pairs' differences
-            (`pca_differences`) or of these around their mean (`pca_centred_differences`), with the sign by
-            majority vote; the weights of a `logistic` or `lda` probe; or `random`, drawn from the seed.
-        component: Principal component, counted from 0; ignored by other methods.
-        mixture: Weights of the first principal components, which are added up; empty takes `component` alone.
-        offset: Token whose activation is taken, counted from the end: 1 = the last one.
-        without_words: Words, each one token, whose rows of the unembedding are projected out.
-    """
-
-    source: Literal["text", "claims"] = "text"
-    pairs: str = "tone_pairs"
-    count: int = 0
-    method: MethodName = "mean_difference"
-    component: int = 0
-    mixture: tuple[float, ...] = ()
-    offset: int = 1
-    without_words: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.offset < 1:
-            raise ValueError(f"offset={self.offset}; tokens are counted from the end, 1 = the last one")
-        if self.count < 0 or self.component < 0:
-            raise ValueError(f"count={self.count}, component={self.component}; neither may be negative")
-        if self.mixture and self.method not in PRINCIPAL:
-            raise ValueError(
-                f"mixture={self.mixture} with method={self.method!r}; it takes one of {[*PRINCIPAL]}"
-            )
-        if self.source == "claims" and self.count == 0:
-            raise ValueError("count=0 with source='claims'; say how many claims the direction may use")
-
+_PAIRS = 160
+"""How many pairs a dataset is taken to have before it has been read."""
 
 METRICS = {
     "separability": Metric(
@@ -79,16 +33,30 @@ METRICS = {
     "held_out_auc": Metric(
         "probability", "best layer's area under the curve over pairs that the direction was not fitted on"
     ),
+    "pairs": Metric("pairs", "pairs that the direction was fitted or judged on"),
+    "answered_correctly": Metric(
+        "share of claims", "claims that the model answers correctly, which correct_only keeps"
+    ),
 }
 PACK_BY = None
-DATA = ("pairs",)
+DATA = ("pairs", "vectors", "combine", "without")
 LAYERS: tuple[str, ...] = ()
 
 
 def size(params: Params) -> Size:
-    """Two sequences a pair; claims are about 80 tokens, texts about 20."""
-    sequences = 2 * (params.count or 160)
-    return Size(sequences, sequences * (80 if params.source == "claims" else 20))
+    """Two sequences a pair of each dataset; claims are about 80 tokens, texts about 20."""
+    own, others = _text_datasets(params)
+    sequences = 2 * (params.count or _PAIRS) * own
+    tokens = sequences * (80 if params.source == "claims" else 20)
+    return Size(sequences + 2 * _PAIRS * others, tokens + 2 * _PAIRS * others * 20)
+
+
+def _text_datasets(params: Params) -> tuple[int, int]:
+    """How many datasets are read as `pairs` is, itself included, and how many are projected out."""
+    combined, removed = (
+        sum(not is_vector_file(name) for name in names) for names in (params.combine, params.without)
+    )
+    return 1 + combined, removed
 
 
 def requires(params: Params) -> Sequence[Requirement]:
@@ -97,7 +65,19 @@ def requires(params: Params) -> Sequence[Requirement]:
 
 
 def check(params: Params) -> None:
-    """The pairs or claims can be read. Raises SpecError if not."""
+    """The pairs or claims, and all files, can be read. Raises SpecError if not."""
+    files = [name for name in (*params.combine, *params.without) if is_vector_file(name)]
+    for name in (params.vectors, *files) if params.vectors else files:
+        read_vectors(locate_data(name))
+    for name in (params.pairs, *params.combine):
+        if name not in files:
+            _check_dataset(replace(params, pairs=name))
+    for name in params.without:
+        if name not in files:
+            load_pairs(name)
+
+
+def _check_dataset(params: Params) -> None:
     if params.source == "claims":
         load_questions(params.pairs, extract=params.count, select=0, report=0)
         return
@@ -107,7 +87,11 @@ def check(params: Params) -> None:
 
 
 def canonical(params: Params) -> Params:
-    """The component matters only to a single principal component."""
+    """The component matters only to a single principal component, the method only where one is fitted."""
+    if params.source == "file" and all(map(is_vector_file, params.combine)):
+        params = replace(params, method="mean_difference", mixture=())
+    if not params.combine_weights:
+        params = replace(params, combine_weights=(1.0,) * len(params.combine))
     single = params.method in PRINCIPAL and not params.mixture
     return params if single else replace(params, component=0)
 
@@ -115,18 +99,59 @@ def canonical(params: Params) -> Params:
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """Extract each row's directions from one pass over its pairs.
 
-    Tensors of the outcome, float32: `directions` (layers, hidden), unit norm; `residual_norms` (layers,), the
-    mean norm of the activations they came from; `separability` (layers,), share of pairs;
-    `held_out_auc` and `held_out_accuracy` (layers,), by cross-validation, NaN for a single pair;
-    `projections` (layers, pairs, 2), of the positive and the negative side.
+    Tensors of the outcome, float32: `directions` (layers, hidden), unit norm, NaN for layers that a file
+    lacks; `residual_norms` (layers,), the mean norm of the activations they came from, or what the file says;
+    `separability` (layers,), share of pairs; `held_out_auc` and `held_out_accuracy` (layers,), by
+    cross-validation, NaN for a single pair; `projections` (layers, pairs, 2), of the positive and the
+    negative side. Besides the diagnostics of `jobs.diagnosis`.
+
+    Raises:
+        SpecError: If a word is several tokens, or a file does not fit the model.
     """
     for index, row in enumerate(rows):
-        words = [_word_token(replica, word) for word in row.params.without_words]
-        sides = _activations(replica, row.params)
         try:
-            yield index, _extracted(row, *sides, replica.model.get_output_embeddings().weight[words])
+            yield index, _extracted(replica, row)
         except ValueError as error:
             yield index, Outcome(status=Status.FAILED, reason=f"{row.params.pairs}: {error}")
+
+
+def _extracted(replica: "Replica", row: Row) -> Outcome:
+    from jobs.diagnosis import diagnosed
+    from jobs.layerwise import contrast_of, judged_layers, residual_norms, vector_file
+
+    params: Params = row.params
+    words = [_word_token(replica, word) for word in params.without_words]
+    contrast = contrast_of(replica, params)
+    file = vector_file(replica, params.vectors) if params.source == "file" else None
+    found = judged_layers(replica, row, contrast, file, words)
+    norms_L = residual_norms(contrast, file)
+    scores = {
+        name: np.array([getattr(layer, name) for layer in found], dtype=np.float32)
+        for name in ("separability", "held_out_auc", "held_out_accuracy")
+    }
+    directions_LD = _stacked([layer.direction_D for layer in found])
+    metrics = {
+        **{name: _best(scores[name]) for name in ("separability", "held_out_auc")},
+        "pairs": float(len(contrast.prompts)),
+        "answered_correctly": contrast.answered_correctly,
+    }
+    tensors = {
+        **scores,
+        "directions": directions_LD,
+        "residual_norms": norms_L,
+        "projections": _stacked([layer.projections_N2 for layer in found]),
+        **diagnosed(replica, contrast, directions_LD, norms_L, params=params),
+    }
+    return Outcome(metrics={"extract": metrics}, tensors=tensors)
+
+
+def _best(scores_L: np.ndarray) -> float:
+    known_L = scores_L[np.isfinite(scores_L)]
+    return float(known_L.max()) if len(known_L) else math.nan
+
+
+def _stacked(tensors: Sequence["Tensor"]) -> np.ndarray:
+    return np.stack([tensor.float().cpu().numpy() for tensor in tensors])
 
 
 def _word_token(replica: "Replica", word: str) -> int:
@@ -134,137 +159,6 @@ def _word_token(replica: "Replica", word: str) -> int:
     if len(tokens) != 1:
         raise SpecError(f"without_words: {word!r} is {len(tokens)} tokens of this model; it takes one")
     return tokens[0]
-
-
-class _Layer(NamedTuple):
-    """What one layer's activations give; N pairs.
-
-    Attributes:
-        direction_D: Unit norm.
-        separability: Share of pairs with the positive side projecting higher.
-        held_out_auc: Over pairs that the direction was not fitted on; NaN for a single pair.
-        held_out_accuracy: Same.
-        projections_N2: Of the positive and the negative side.
-    """
-
-    direction_D: "Tensor"
-    separability: float
-    held_out_auc: float
-    held_out_accuracy: float
-    projections_N2: "Tensor"
-
-
-def _extracted(row: Row, positive_NLD: "Tensor", negative_NLD: "Tensor", words_KD: "Tensor") -> Outcome:
-    import torch
-
-    def stacked(name: str) -> "np.ndarray":
-        columns = [torch.as_tensor(getattr(layer, name)).float() for layer in found]
-        array: np.ndarray = torch.stack(columns).numpy()
-        return array
-
-    found = []
-    for layer in range(positive_NLD.shape[1]):
-        fit = _fitting(row.params, row.seed + layer, words_KD)
-        try:
-            found.append(_layer(positive_NLD[:, layer], negative_NLD[:, layer], fit, row.seed))
-        except ValueError as error:
-            raise ValueError(f"layer {layer}: {error}") from error
-    norms_L = torch.cat([positive_NLD, negative_NLD]).double().norm(dim=-1).mean(dim=0)
-    names = ("separability", "held_out_auc", "held_out_accuracy")
-    tensors = {name: stacked(name) for name in names}
-    return Outcome(
-        metrics={"extract": {name: float(tensors[name].max()) for name in METRICS}},
-        tensors={
-            **tensors,
-            "directions": stacked("direction_D"),
-            "residual_norms": norms_L.float().numpy(),
-            "projections": stacked("projections_N2"),
-        },
-    )
-
-
-def _layer(positive_ND: "Tensor", negative_ND: "Tensor", fit: "Method", seed: int) -> _Layer:
-    import torch
-
-    from jobs.directions.contrast import separability
-    from jobs.directions.held_out import held_out_separability, pair_folds
-
-    direction_D = fit(positive_ND, negative_ND)
-    norm = float(direction_D.norm())
-    if not 0 < norm < float("inf"):
-        raise ValueError(f"the two sides give a direction of norm {norm}")
-    direction_D = direction_D / norm
-    pairs = len(positive_ND)
-    auc = accuracy = float("nan")
-    if pairs > 1:
-        folds = pair_folds(pairs, min(FOLDS, pairs), seed=seed)
-        judged = held_out_separability(positive_ND[:, None], negative_ND[:, None], fit, folds)
-        auc, accuracy = float(judged.auc_L[0]), float(judged.accuracy_L[0])
-    projections = [side.to(direction_D) @ direction_D for side in (positive_ND, negative_ND)]
-    share = separability(positive_ND, negative_ND, direction_D)
-    return _Layer(direction_D, share, auc, accuracy, torch.stack(projections, dim=-1))
-
-
-def _fitting(params: Params, seed: int, words_KD: "Tensor") -> "Method":
-    """What makes a direction of one layer's positive and negative activations."""
-    from jobs.directions.projection import project_out
-
-    def fit(positive_ND: "Tensor", negative_ND: "Tensor") -> "Tensor":
-        direction_D = _direction(params, seed, positive_ND, negative_ND)
-        return project_out(direction_D, words_KD.cpu()) if len(words_KD) else direction_D
-
-    return fit
-
-
-def _direction(params: Params, seed: int, positive_ND: "Tensor", negative_ND: "Tensor") -> "Tensor":
-    from jobs.directions.contrast import component_mixture, mean_difference, principal_component
-    from jobs.directions.probes import lda_direction, logistic_direction
-    from jobs.directions.projection import random_like
-
-    sides = positive_ND, negative_ND
-    match params.method:
-        case "mean_difference":
-            return mean_difference(*sides)
-        case "logistic":
-            return logistic_direction(*sides)
-        case "lda":
-            return lda_direction(*sides)
-        case "random":
-            return random_like(mean_difference(*sides), seed=seed)
-    of = PRINCIPAL[params.method]
-    if params.mixture:
-        return component_mixture(*sides, params.mixture, of=of)
-    return principal_component(*sides, params.component, of=of)
-
-
-def _activations(replica: "Replica", params: Params) -> tuple["Tensor", "Tensor"]:
-    from jobs.engine.capture import capture_last
-
-    contrast = _claim_pairs(replica, params) if params.source == "claims" else _text_pairs(replica, params)
-    positive, negative = zip(*contrast, strict=True)
-    return (
-        capture_last(replica, positive, offset=params.offset),
-        capture_last(replica, negative, offset=params.offset),
-    )
-
-
-def _text_pairs(replica: "Replica", params: Params) -> list[tuple[list[int], list[int]]]:
-    pairs = load_pairs(params.pairs)
-    return [
-        (replica.encode(pair.positive), replica.encode(pair.negative))
-        for pair in (pairs[: params.count] if params.count else pairs)
-    ]
-
-
-def _claim_pairs(replica: "Replica", params: Params) -> list[tuple[list[int], list[int]]]:
-    questions = load_questions(params.pairs, extract=params.count, select=0, report=0)
-    return [
-        (
-            replica.encode_chat(user, system=HONEST, answer=pair.positive),
-            replica.encode_chat(user, system=DISHONEST, answer=pair.negative),
-        )
-        for user, pair in honesty_pairs(questions)
-    ]
 
 
 def load_direction(context: Context, params: Params, layer: int, dose: float) -> tuple[Any, float]:
@@ -280,10 +174,15 @@ def load_direction(context: Context, params: Params, layer: int, dose: float) ->
         The direction of shape (hidden,) and the multiplier, dose x residual norm.
 
     Raises:
-        SpecError: If the model has no such layer.
+        SpecError: If the model has no such layer, or the layer has no direction.
     """
     arrays = context.artifact(Requirement(job=__name__, params=params))
     layers = len(arrays["directions"])
     if layer >= layers:
         raise SpecError(f"layer {layer} does not exist; the model has 0 to {layers - 1}")
-    return arrays["directions"][layer], dose * float(arrays["residual_norms"][layer])
+    direction = arrays["directions"][layer]
+    if not np.isfinite(direction).all():
+        known = np.flatnonzero(np.isfinite(arrays["directions"]).all(axis=1)).tolist()
+        files = [name for name in (params.vectors, *params.combine, *params.without) if is_vector_file(name)]
+        raise SpecError(f"layer {layer} has no direction; {' and '.join(files)} give the layers {known}")
+    return direction, dose * float(arrays["residual_norms"][layer])

@@ -7,23 +7,33 @@ from row to row, so that nothing but the direction is required.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs import extract
+from jobs import extract, steering
 from jobs.data.prompts import Conversation, load_conversations
 from jobs.errors import SpecError
 from jobs.scoring import uses
-from jobs.scoring.scorers import Score, Use, apply_scorers, summarise
+from jobs.scoring.scorers import Use, apply_scorers
+from jobs.scoring.scores import Score, summarise
 from jobs.scoring.uses import check_columns, parse_uses
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status, content_hash
-from jobs.steering import Steering, canonical_steering, interventions, vector_rows, without_steering
+from jobs.steering import (
+    Steering,
+    canonical_steering,
+    extraction_of,
+    interventions,
+    vector_rows,
+    without_steering,
+)
 
 if TYPE_CHECKING:
-    from jobs.completions import Reply, Reread, Thread
+    from jobs.completions import Reply, Thread
     from jobs.engine.decoding import Decoding
     from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
+    from jobs.rereading import Reread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,7 @@ PACK_BY = (
     *("prompts", "count", "chat", "system", "max_new_tokens"),
     *("temperature", "top_p", "repetition_penalty", "samples", "scorers"),
 )
-DATA = ("pairs", "prompts")
+DATA = ("pairs", "prompts", *steering.DATA)
 LAYERS = ("layer", "layers")
 
 
@@ -128,8 +138,7 @@ def canonical(params: Params) -> Params:
 
 
 def _extraction(params: Params) -> extract.Params:
-    wanted = extract.Params(pairs=params.pairs, method=params.direction, component=params.component)
-    return extract.canonical(wanted)
+    return extraction_of(params, pairs=params.pairs)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -143,36 +152,35 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     (prompt x turns + turn) x samples + sample, each from 0, with the turns of the longest conversation, so
     that with one turn and one sample it is the number of the prompt.
 
-    A row fails alone if its logits are not finite, or if a conversation outgrows the model's context.
+    A row fails alone if logits are not finite, a conversation outgrows the context, or a token is missed.
 
     Raises:
         SpecError: If a layer does not exist, a prompt is too long, or a column is not what a scorer takes.
-        ModelError: If the model has no chat template and `chat` is asked for, or its template refuses the
-            conversation; or if the encoder of a scorer cannot be loaded.
+        ModelError: If there is no chat template, it refuses a conversation, or a scorer's encoder is absent.
     """
-    from jobs.completions import converse, reread
+    from jobs.completions import converse, replies_of
     from jobs.engine.tables import row_tables
+    from jobs.rereading import reread_together
 
     params = rows[0].params
     prompts = load_conversations(params.prompts, params.count)
     changes = [interventions(context, row.params, _extraction(row.params)) for row in rows]
     tables = row_tables(replica, changes)
-    threads = [_threads(number, row, prompts) for number, row in enumerate(rows)]
-
-    def encode(history: Sequence[str]) -> list[int]:
-        return _encode(replica, params, history)
-
-    for index in converse(replica, [*chain(*threads)], tables, _decoding(params), encode):
+    threads = [new_threads(number, row, prompts) for number, row in enumerate(rows)]
+    encode = partial(encode_history, replica, params)
+    held = converse(replica, [*chain(*threads)], tables, decoding_of(params), encode)
+    finished = ((index, replies_of(threads[index])) for index in held)
+    for index, again in reread_together(replica, finished, tables):
         flaws = [thread.flaw for thread in threads[index] if thread.flaw is not None]
         if flaws:
             yield index, Outcome(status=Status.FAILED, reason=flaws[0])
         else:
             said = _said(prompts, threads[index], params.samples)
-            again = reread(replica, [each.reply for each in said], tables, index)
             yield index, _outcome(said, again, parse_uses(params.scorers), changes[index])
 
 
-def _decoding(params: Params) -> "Decoding":
+def decoding_of(params: Params) -> "Decoding":
+    """How completions are made."""
     from jobs.engine.decoding import Decoding
     from jobs.engine.sampling import Sampling
 
@@ -182,7 +190,8 @@ def _decoding(params: Params) -> "Decoding":
     return Decoding(max_new_tokens=params.max_new_tokens, sampling=sampling)
 
 
-def _encode(replica: "Replica", params: Params, history: Sequence[str]) -> list[int]:
+def encode_history(replica: "Replica", params: Params, history: Sequence[str]) -> list[int]:
+    """Token ids of messages and replies in turn, the last one without a reply."""
     if not params.chat:
         return replica.encode(history[-1])
     system = [] if params.system is None else [{"role": "system", "content": params.system}]
@@ -190,7 +199,7 @@ def _encode(replica: "Replica", params: Params, history: Sequence[str]) -> list[
     return replica.encode_messages([*system, *({"role": role, "content": text} for role, text in roles)])
 
 
-def _threads(number: int, row: Row, prompts: Sequence[Conversation]) -> "list[Thread]":
+def new_threads(number: int, row: Row, prompts: Sequence[Conversation]) -> "list[Thread]":
     """The samples of each prompt, in the order of the prompts."""
     from jobs.completions import Thread
 
@@ -221,8 +230,7 @@ def _said(prompts: Sequence[Conversation], threads: "Sequence[Thread]", samples:
     for number, thread in enumerate(threads):
         prompt, sample = divmod(number, samples)
         for turn, (user, reply) in enumerate(zip(thread.asked, thread.replies, strict=True)):
-            item = (prompt * turns + turn) * samples + sample
-            found.append(_Said(item, prompts[prompt], user, reply))
+            found.append(_Said((prompt * turns + turn) * samples + sample, prompts[prompt], user, reply))
     return found
 
 

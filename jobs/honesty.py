@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs import extract
+from jobs import extract, steering
 from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.steering import Steering, canonical_steering, interventions, without_steering
+from jobs.steering import Steering, canonical_steering, extraction_of, interventions, without_steering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ class Params(Steering):
         claims_select: Claims of the split select.
         claims_report: Claims of the split report.
         offset: Token that activations are taken at, from the end: 1 = the answer's letter.
+        correct_only: Extract from the claims that the unsteered model itself answers correctly.
         max_new_tokens: Most tokens of an answer.
     """
 
@@ -39,6 +40,7 @@ class Params(Steering):
     claims_select: int = 60
     claims_report: int = 60
     offset: int = 1
+    correct_only: bool = False
     max_new_tokens: int = 4
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ METRICS = {
     "kl": Metric("nats", "mean KL(unsteered || steered) of the answer's first token"),
 }
 PACK_BY = ("claims", "claims_extract", "claims_select", "claims_report", "max_new_tokens")
-DATA = ("claims",)
+DATA = ("claims", *steering.DATA)
 LAYERS = ("layer", "layers")
 
 
@@ -98,6 +100,7 @@ def requires(params: Params) -> Sequence[Requirement]:
 def check(params: Params) -> None:
     """There are enough labelled claims. Raises SpecError if not."""
     _questions(params)
+    extract.check(_extraction(params))
 
 
 def _questions(params: Params) -> list[ClaimQuestion]:
@@ -114,15 +117,14 @@ def canonical(params: Params) -> Params:
 
 
 def _extraction(params: Params) -> extract.Params:
-    wanted = extract.Params(
+    return extraction_of(
+        params,
         source="claims",
         pairs=params.claims,
         count=params.claims_extract,
-        method=params.direction,
-        component=params.component,
+        correct_only=params.correct_only,
         offset=params.offset,
     )
-    return extract.canonical(wanted)
 
 
 def _unsteered(params: Params) -> Requirement:

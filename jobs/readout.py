@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.completions import unsteered_nll
+from jobs.completions import missed
 from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.groups import in_parts, next_token
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
+from jobs.rereading import unsteered_nll
 from jobs.scoring import logits, text
 
 
@@ -46,12 +47,14 @@ class Reading(NamedTuple):
         kl_N: KL(unsteered || steered) of the next token a choice, nats, shape (choices,), float64.
         completions: Replies to the open prompts.
         finite: Whether all logits were finite; a reply ends before the first that were not.
+        missed: Where other tokens were changed than were to be, in a sentence; None if nowhere.
     """
 
     log_odds_N: np.ndarray
     kl_N: np.ndarray
     completions: list[Completion]
     finite: bool
+    missed: str | None = None
 
 
 class Panel:
@@ -101,7 +104,11 @@ class Panel:
             kl_N = logits.kl_divergence(reference_NV, found_NV)
             finite = bool(found_NV.isfinite().all()) and all(reply.finite for reply in replies)
             completions = self._scored([reply.tokens for reply in replies])
-            yield row, Reading(log_odds_N.double().numpy(), kl_N.double().numpy(), completions, finite)
+            missing = next(filter(None, (missed(reply.fired, reply.intended) for reply in replies)), None)
+            yield (
+                row,
+                Reading(log_odds_N.double().numpy(), kl_N.double().numpy(), completions, finite, missing),
+            )
 
     def _next_token(self, tables: RowTables, row: int) -> Tensor:
         """Log-probabilities of the next token, shape (choices, vocabulary), on the CPU."""

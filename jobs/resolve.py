@@ -81,20 +81,33 @@ def make_params(job: str, values: Mapping[str, Any]) -> Any:
         raise SpecError(
             f"{job} needs the parameters {absent}; add them to the space's fixed values or parameters"
         )
-    converted = {name: _convert(job, name, value, hints[name]) for name, value in values.items()}
+    converted = {name: convert(job, name, value, hints[name]) for name, value in values.items()}
     try:
         return params_type(**converted)
     except ValueError as error:
         raise SpecError(f"{job}: {error}") from error
 
 
-def _convert(job: str, name: str, value: Any, hint: Any) -> Any:
+def convert(owner: str, name: str, value: Any, hint: Any) -> Any:
+    """A plain value as its field stores it: lists become tuples, whole numbers floats where those are asked.
+
+    Args:
+        owner: Whose field it is, for the message, such as `jobs.steer` or `scorer 'regex'`.
+        name: Name of the field.
+        value: What was given, as JSON or YAML give it.
+        hint: The field's type.
+
+    Raises:
+        SpecError: If the value is of another type.
+    """
+    if isinstance(value, (list, tuple)) and hint == tuple[float, ...]:
+        value = [float(item) if _matches(item, int) else item for item in value]
     if _matches(value, hint):
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
         return float(value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise SpecError(f"{job}: {name}={value!r} is a {type(value).__name__}; it takes {expected}")
+    raise SpecError(f"{owner}: {name}={value!r} is a {type(value).__name__}; it takes {expected}")
 
 
 def _matches(value: Any, hint: Any) -> bool:
@@ -127,9 +140,20 @@ def make_spec(requirement: Requirement, *, model: ModelRef, seed: int) -> Spec:
         code=code_version(requirement.job),
         params=params_to_json(params),
         model=model,
-        data={name: data_hash(getattr(params, name)) for name in job.DATA},
+        data={
+            key: data_hash(dataset)
+            for name in job.DATA
+            for key, dataset in _datasets(name, getattr(params, name)).items()
+        },
         seed=seed,
     )
+
+
+def _datasets(name: str, value: str | Sequence[str]) -> dict[str, str]:
+    """Key in the spec -> dataset, of a parameter that names one dataset, none ("") or several."""
+    if isinstance(value, str):
+        return {name: value} if value else {}
+    return {f"{name}.{place}": each for place, each in enumerate(value)}
 
 
 def locate_data(name: str) -> Path:

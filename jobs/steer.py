@@ -7,11 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs import extract
+from jobs import extract, steering
 from jobs.data.prompts import Choice, OpenPrompt, load_choices, load_open_prompts
 from jobs.resolve import data_hash
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.steering import Steering, canonical_steering, interventions, vector_rows, without_steering
+from jobs.steering import (
+    Steering,
+    canonical_steering,
+    extraction_of,
+    interventions,
+    vector_rows,
+    without_steering,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +85,7 @@ PACK_BY = (
     "prompts_report",
     "max_new_tokens",
 )
-DATA = ("pairs", "choices", "prompts")
+DATA = ("pairs", "choices", "prompts", *steering.DATA)
 LAYERS = ("layer", "layers")
 _COMPARED = ("log_odds", "nll", "repetition", "empty")
 
@@ -118,8 +125,7 @@ def canonical(params: Params) -> Params:
 
 
 def _extraction(params: Params) -> extract.Params:
-    wanted = extract.Params(pairs=params.pairs, method=params.direction, component=params.component)
-    return extract.canonical(wanted)
+    return extraction_of(params, pairs=params.pairs)
 
 
 def _unsteered(params: Params) -> Requirement:
@@ -189,6 +195,8 @@ def _steered_outcome(
         return Outcome(
             status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
         )
+    if reading.missed is not None:
+        return Outcome(status=Status.FAILED, reason=reading.missed)
     metrics = split_means(panel, reading)
     for split, found in metrics.items():
         rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}

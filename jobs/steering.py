@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from jobs.engine.interventions import AnyIntervention
 
 Some = TypeVar("Some", bound="Steering")
+DATA = ("vectors", "combine", "without")
+"""Parameters of every steering job that name datasets or files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,12 @@ class Steering:
         weights: Factors of the strength, first that of `layer`, then those of `layers`; empty means 1 each.
         direction: How it is extracted; the methods of `jobs.extract`.
         component: Principal component, counted from 0; ignored by other methods.
+        mixture: Weights of the first principal components, which are added up; empty takes `component` alone.
+        vectors: Path of a `.safetensors` or `.gguf` file of directions, in place of extracted ones.
+        combine: Datasets or files whose directions are added; see `jobs.extract`.
+        combine_weights: Factor of each of `combine`, negative ones subtract; empty means 1 each.
+        without: Datasets or files whose directions are projected out.
+        without_words: Words, each one token, whose rows of the unembedding are projected out.
     """
 
     layer: int
@@ -43,6 +51,12 @@ class Steering:
     weights: tuple[float, ...] = ()
     direction: extract.MethodName = "mean_difference"
     component: int = 0
+    mixture: tuple[float, ...] = ()
+    vectors: str = ""
+    combine: tuple[str, ...] = ()
+    combine_weights: tuple[float, ...] = ()
+    without: tuple[str, ...] = ()
+    without_words: tuple[str, ...] = ()
 
     def check_steering(self) -> None:
         """Raises ValueError if a value cannot be meant."""
@@ -51,8 +65,7 @@ class Steering:
             raise ValueError(f"layer={min(places)}; layers are counted from 0")
         if len(set(places)) < len(places):
             raise ValueError(f"layer={self.layer}, layers={self.layers}; give each layer once")
-        if self.component < 0:
-            raise ValueError(f"component={self.component}; components are counted from 0")
+        extraction_of(self)
         given = [value for value in (self.dose, self.multiplier) if value is not None]
         if len(given) != 1 and self.operation != "project_out":
             raise ValueError(f"dose={self.dose}, multiplier={self.multiplier}; give one of them")
@@ -78,6 +91,31 @@ class Steering:
         return -1.0 if away else 1.0
 
 
+def extraction_of(params: Steering, **own: Any) -> extract.Params:
+    """Where the directions come from.
+
+    Args:
+        params: How to steer.
+        own: Fields of `extract.Params` that the job decides: what the pairs are, and which token counts.
+
+    Raises:
+        ValueError: If the parameters do not go together.
+    """
+    if params.vectors:
+        own = {"source": "file", "vectors": params.vectors}
+    wanted = extract.Params(
+        method=params.direction,
+        component=params.component,
+        mixture=params.mixture,
+        combine=params.combine,
+        combine_weights=params.combine_weights,
+        without=params.without,
+        without_words=params.without_words,
+        **own,
+    )
+    return extract.canonical(wanted)
+
+
 def without_steering(params: Some, *, shared: Sequence[str]) -> Some:
     """The unsteered model under parameters that are the same work at every layer and in every direction.
 
@@ -91,8 +129,14 @@ def without_steering(params: Some, *, shared: Sequence[str]) -> Some:
 
 def canonical_steering(params: Some) -> Some:
     """Parameters that mean the same steering as `params`, equal for equal steering."""
-    if params.direction not in extract.PRINCIPAL:
-        params = replace(params, component=0)
+    same = extraction_of(params)
+    params = replace(
+        params,
+        direction=same.method,
+        component=same.component,
+        mixture=same.mixture,
+        combine_weights=same.combine_weights,
+    )
     if params.operation == "project_out":
         params = replace(params, dose=None, multiplier=None)
     return params

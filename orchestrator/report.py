@@ -13,6 +13,7 @@ import numpy as np
 
 from orchestrator import figures
 from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
+from orchestrator.direction_section import stored_directions
 from orchestrator.figures import Plot
 from orchestrator.page import page_template
 from storage.durable import publish
@@ -85,7 +86,11 @@ def write_report(folder: Path) -> Path:
     sweep = open_sweep(folder)
     found = _read(sweep)
     target = folder / "report"
-    drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in _figures(found).items()}
+    directions = stored_directions(sweep)
+    painted = _figures(found)
+    for extraction in directions.shown:
+        painted |= extraction.images
+    drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in painted.items()}
     page = page_template().render(
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
@@ -93,6 +98,7 @@ def write_report(folder: Path) -> Path:
         axes=_axes(found),
         others=_others(found),
         comparisons=_comparisons(sweep, found),
+        directions=directions,
         items=_sizes(sweep, "items"),
         replies=_sizes(sweep, "completions"),
         attempts=_failed_attempts(sweep),

@@ -99,6 +99,8 @@ def with_absolute_data(space: Space, directory: Path) -> Space:
     """
 
     def absolute(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [*map(absolute, value)]
         if not isinstance(value, str) or is_own_data(value):
             return value
         path = directory / Path(value).expanduser()

@@ -13,6 +13,7 @@ from storage.durable import StoreError
 from storage.ledger import read_asked, read_dispatched
 from storage.lock import driver
 from storage.schema import RESULT_TABLES, STATES, TABLES, Column
+from storage.scores import scores_of
 from storage.store import Store
 
 _SQL_TYPES = {
@@ -39,9 +40,9 @@ class StoredSweep:
     def query(self, sql: str) -> pa.Table:
         """The answer to one SELECT statement.
 
-        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `vectors`, `activations`
-        and `artifacts`. All results have a column `trial`, null for what belongs to no trial, such as
-        the unsteered baseline; `trials` has a column for each parameter.
+        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `scores`, `vectors`,
+        `activations` and `artifacts`. All results have a column `trial`, null for what belongs to no trial,
+        such as the unsteered baseline; `trials` has a column for each parameter.
 
         Raises:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
@@ -77,9 +78,14 @@ class StoredSweep:
         return {state: found.get(state, 0) for state in STATES}
 
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
-        store = Store(self.folder)
+        added = scores_of(self.folder)
+        store = Store(self.folder)  # read later: what was scored is there
         paths = {
-            table: [str((self.folder / file.path).resolve()) for file in store.files(table)]
+            table: [
+                str((self.folder / file.path).resolve())
+                for each in (store, added)
+                for file in each.files(table)
+            ]
             for table in TABLES
         }
         listed = ", ".join(_quoted(path) for table in TABLES for path in paths[table])

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATES = ("waiting", "running", "completed", "infeasible", "failed")
 """What a trial can be; the last three are ends."""
 
@@ -82,6 +82,16 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("nll", "real", "nats/token", "mean -ln p under the unsteered model; null for an empty reply"),
         Column("repetition", "real", "share", "share of repeated trigrams"),
     ),
+    "scores": (
+        _SPEC,
+        _SPLIT,
+        Column("item", "integer", "", "number of the completion"),
+        Column("scorer", "text", "", "name of the scorer"),
+        Column("version", "integer", "", "its version; rises when the same text may get another value"),
+        Column("options", "json", "", "all of its options"),
+        Column("value", "real", "as the scorer says", "null where it is not defined"),
+        Column("parsed", "integer", "", "1 if the scorer could read the text, else 0"),
+    ),
     "vectors": (
         _SPEC,
         Column("name", "text", "", "which vector of the result"),
@@ -111,5 +121,5 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("bytes", "integer", "bytes", "size of the file"),
     ),
 }
-RESULT_TABLES = ("metrics", "items", "completions", "vectors", "activations", "artifacts")
-"""Tables that workers write; their rows are keyed by spec."""
+RESULT_TABLES = ("metrics", "items", "completions", "scores", "vectors", "activations", "artifacts")
+"""Tables whose rows are keyed by spec: workers write all but `scores`, which `steersweep score` adds to."""

@@ -33,18 +33,23 @@ class Part(NamedTuple):
 class Store:
     """Tables and manifest of one sweep; one writer, the driver.
 
+    Args:
+        folder: The sweep's folder.
+        manifest: Folder of the entries inside it. Whoever adds scores keeps a manifest of its own, so that it
+            and the driver may write at the same time.
+
     Attributes:
         folder: The sweep's folder.
-
         results: Spec -> its result.
 
     Raises:
         StoreError: If an entry of the manifest, or a file that one lists, is gone or not what was written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: str = "manifest") -> None:
         self.folder = folder
-        self._parts = [_read_entry(folder, path) for path in manifest_entries(folder)]
+        self._manifest = folder / manifest
+        self._parts = [_read_entry(folder, path) for path in _entries(self._manifest)]
         self.results = {result.spec: result for part in self._parts for result in part.results}
 
     def commit(self, parts: Iterable[Part], **tables: Sequence[Mapping[str, Any]]) -> None:
@@ -72,7 +77,7 @@ class Store:
             "files": [file._asdict() for file in files],
             "results": [result._asdict() for result in results],
         }
-        publish(_entry_path(self.folder, len(self._parts)), json.dumps(entry, indent=1).encode())
+        publish(_entry_path(self._manifest, len(self._parts)), json.dumps(entry, indent=1).encode())
         self._parts.append(Part(tuple(files), tuple(results)))
         self.results.update({result.spec: result for result in results})
 
@@ -99,11 +104,11 @@ def _read_entry(folder: Path, path: Path) -> Part:
     return Part(files, results)
 
 
-def manifest_entries(folder: Path) -> list[Path]:
-    """Files of the manifest's entries, oldest first; up to the newest there is, none is left out."""
-    newest = max((int(path.stem) for path in (folder / "manifest").glob("[0-9]*.json")), default=-1)
-    return [_entry_path(folder, number) for number in range(newest + 1)]
+def _entries(manifest: Path) -> list[Path]:
+    """Files of a manifest's entries, oldest first; up to the newest there is, none is left out."""
+    newest = max((int(path.stem) for path in manifest.glob("[0-9]*.json")), default=-1)
+    return [_entry_path(manifest, number) for number in range(newest + 1)]
 
 
-def _entry_path(folder: Path, number: int) -> Path:
-    return folder / "manifest" / f"{number:08d}.json"
+def _entry_path(manifest: Path, number: int) -> Path:
+    return manifest / f"{number:08d}.json"

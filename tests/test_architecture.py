@@ -26,7 +26,14 @@ ALLOWED = {
     "jobs": ("jobs",),
     "search_spaces": ("search_spaces", "jobs.spec", "jobs.errors"),
     "storage": ("storage", "jobs.spec", "jobs.errors"),
-    "orchestrator": ("orchestrator", "search_spaces", "storage", *LIGHT),
+    "orchestrator": (
+        "orchestrator",
+        "search_spaces",
+        "storage",
+        "jobs.scoring",
+        "jobs.directions.vector_files",
+        *LIGHT,
+    ),
 }
 IMPORTERS = {
     "ray": {"orchestrator.ray_pool"},

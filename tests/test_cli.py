@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.directions.vector_files import read_vectors
 from storage.query import open_sweep
 from tests.models import save_tiny
 
@@ -162,6 +163,46 @@ def test_query_prints_every_format(finished: dict[str, Any], place: Path, form: 
     assert "completed" in done.stdout
     if form == "json":
         assert json.loads(done.stdout)[0] == {"trial": 0, "layer": 0, "dose": -0.4, "state": "completed"}
+
+
+def test_completions_are_scored_again_without_the_model_and_scores_queried(
+    finished: dict[str, Any], place: Path
+) -> None:
+    before = results(place / "finished")
+    arguments = ["score", place / "finished", "--scorer", "refusal", "--scorer", 'contains{"sought": "e"}']
+    done = steersweep(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {row["trial"] for row in found["trials"]} == set(range(9))
+    assert [used["version"] for used in found["scorers"]] == [1, 1]
+    sql = "SELECT count(*) AS n FROM scores WHERE scorer = 'contains' AND options LIKE '%\"e\"%'"
+    done = steersweep("query", place / "finished", sql, "--format", "json")
+    assert json.loads(done.stdout)[0]["n"] == len(before["completions"])
+    again = steersweep(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1].startswith("nothing to do")
+    assert results(place / "finished") == before
+
+
+def test_a_direction_is_listed_and_exported_with_the_models_architecture(
+    finished: dict[str, Any], place: Path
+) -> None:
+    done = steersweep("vectors", place / "finished", "--json")
+    [listed] = json.loads(done.stdout)["directions"]
+    assert listed["params"]["pairs"] == "tone_pairs"
+    out = place / "tone.gguf"
+    done = steersweep("vectors", place / "finished", "--out", out)
+    assert done.returncode == 0, done.stderr
+    file = read_vectors(out, hidden=listed["hidden"])
+    assert (list(file.directions), file.metadata["model_hint"]) == (listed["layers"][1:], "llama")
+    assert "--force" in refused("vectors", place / "finished", "--out", out)
+    assert ".safetensors or .gguf" in refused("vectors", place / "finished", "--out", place / "tone.pt")
+
+
+def test_wrong_scorers_are_one_clear_line(finished: dict[str, Any], place: Path) -> None:
+    assert "'refusal'" in refused("score", place / "finished", "--scorer", "sentiment")
+    assert "'refusal'" in refused("score", place / "finished", "--scorer", "exact")
+    assert "--scorer" in refused("score", place / "finished")
 
 
 def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(

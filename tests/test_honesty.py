@@ -16,7 +16,7 @@ from jobs.data.claims import ClaimQuestion, load_questions
 from jobs.engine.replica import Replica
 from jobs.errors import SpecError
 from jobs.scoring.text import parse_judgement
-from jobs.spec import Outcome, Row, Status
+from jobs.spec import Outcome, Status
 from tests.models import LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 
 ARCHITECTURE = "gpt2"
@@ -171,19 +171,6 @@ class TestPack:
         artifacts.run("jobs.honesty", PACK)
         depths = len({params.layer for params in PACK})
         assert passes.count - separately <= depths * 2 + NEW_TOKENS < separately
-
-    def test_a_row_is_handed_over_as_soon_as_it_is_finished(self) -> None:
-        replica = tiny_replica(ARCHITECTURE)
-        artifacts = Artifacts(replica)
-        artifacts.run("jobs.honesty", PACK)
-        tokens = sum(len(replica.encode_chat(question.user)) for question in questions())
-        # Room for all questions, but not for all answers to them at a time.
-        replica.memory = 2 * tokens * (replica.cache_bytes + len(PACK) * replica.state_bytes)
-        passes = Passes(replica.model)
-        outcomes = honesty.run(replica, [Row(params, 0) for params in PACK], artifacts)
-        handed_over = [passes.count for _ in outcomes]
-        assert len(set(handed_over)) == len(PACK) - 1  # two rows have no dose
-        assert handed_over[0] <= handed_over[-1] / 2
 
 
 class TestMetrics:

@@ -16,11 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs.errors import SpecError
-from orchestrator import figures
+from orchestrator import direction_figures, figures
 from orchestrator.canvas import DARK, LIGHT, Measure, to_png
+from orchestrator.direction_section import stored_directions
 from orchestrator.figures import Plot
 from orchestrator.report import write_report
+from storage.artifacts import write_artifact
 from storage.parquet import write_table
+from storage.query import open_sweep
 from storage.store import Part, Store, StoredResult
 
 LAYERS = (10, 14, 18)
@@ -492,6 +495,167 @@ class TestAnySweep:
 
 def _interval(value: float) -> dict[str, float | None]:
     return {"accuracy": value, "accuracy_low": value - 0.1, "accuracy_high": value + 0.05}
+
+
+def direction_arrays(*, best: int = 2, layers: int = 4, positions: int = 4) -> dict[str, np.ndarray]:
+    """An extraction as `jobs.extract` stores it: layer 0 has no direction, `best` tells best apart."""
+    noise = np.random.default_rng(best)
+    auc = np.array([np.nan, *[0.6] * (layers - 1)], np.float32)
+    auc[best] = 0.875
+    directions = noise.normal(size=(layers, 8)).astype(np.float32)
+    directions[0] = np.nan
+    words = [[["\n", " kind", "<b>"], ["\u202e", "", "\u00a0x"]] for _ in range(layers - 1)]
+    texts = {"params": {"pairs": "tone <i>", "count": 0}, "layers": [*range(1, layers)], "lens": words}
+    cosines = np.corrcoef(noise.normal(size=(layers, 8))).astype(np.float32)
+    cosines[0] = cosines[:, 0] = np.nan
+    shown = noise.uniform(-1, 1, (positions, layers, 5)).astype(np.float32)
+    shown[:, 0] = shown[:, :, 0] = np.nan
+    return {
+        "directions": directions,
+        "separability": auc + np.float32(0.1),
+        "held_out_auc": auc,
+        "held_out_accuracy": auc,
+        "projections": noise.normal(size=(layers, 6, 2)).astype(np.float32),
+        "cosine_profile": cosines,
+        "histogram_edges": np.tile(np.linspace(-2, 2, 5), (layers, 1)).astype(np.float32),
+        "histogram_positive": np.tile([0, 1, 2, 3], (layers, 1)),
+        "histogram_negative": np.tile([3, 2, 1, 0], (layers, 1)),
+        "pca_coordinates": noise.normal(size=(layers, 12, 2)).astype(np.float32),
+        "pca_is_positive": np.repeat([1, 0], 6).astype(np.uint8),
+        "pca_variance_shares": np.full((layers, 2), 0.25, np.float32),
+        "position_cosines": shown,
+        "position_columns": np.arange(5) - 3,
+        "position_is_positive": (np.arange(positions) % 2 == 0).astype(np.uint8),
+        "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8).copy(),
+    }
+
+
+def keep_directions(folder: Path, *extractions: dict[str, np.ndarray]) -> list[Path]:
+    """Store extractions as a worker would; gives their files."""
+    kept = [write_artifact(folder, arrays) for arrays in extractions]
+    rows = [
+        {"spec": f"x{number}", "job": "jobs.extract", "hash": a.sha256, "path": a.path, "bytes": a.bytes}
+        for number, a in enumerate(kept)
+    ]
+    Store(folder).commit([Part((write_table(folder, "artifacts", rows),), ())])
+    return [folder / artifact.path for artifact in kept]
+
+
+class TestDirections:
+    @pytest.fixture(scope="class")
+    def page(self, tmp_path_factory: pytest.TempPathFactory) -> Page:
+        path = make_sweep(tmp_path_factory.mktemp("kept") / "tone", tone_trials(), parameters=GRID)
+        keep_directions(path, direction_arrays())
+        return report(path)
+
+    def test_the_best_layer_its_figures_and_its_tokens_are_shown(self, page: Page) -> None:
+        text = " ".join(page.text.split())
+        assert "1 stored extraction of directions." in text
+        assert "6 pairs. Best layer: 2, area under the curve 0.875 over unseen pairs." in text
+        alternatives = " ".join(page.attributes("alt"))
+        for said in (
+            "area under the curve over unseen pairs, there 0.88; chance is 0.5",
+            "heat-map of the cosines between the layers' directions",
+            "Layer 2. Left, histograms of both sides",
+            "scatter plot of 12 activations",
+            "the last 3 tokens of 4 prompts and up to 2 new ones",
+        ):
+            assert said in alternatives
+        assert "#directions" in page.attributes("href")
+
+    def test_tokens_are_escaped_and_their_white_space_is_seen(self, page: Page) -> None:
+        assert [row[0] for row in page.rows if len(row) == 3 and "␣kind" in row[1]] == ["1", "2", "3"]
+        assert page.row("2", "␊ ␣kind <b>")[2] == "⟨U+202E⟩ ∅ ⟨U+00A0⟩x"
+        assert "pairs tone <i>" in page.text
+        assert {"b", "i"}.isdisjoint(tag for tag, _ in page.elements)
+
+    def test_the_page_stays_navigable(self, page: Page) -> None:
+        ids, tags = page.attributes("id"), [tag for tag, _ in page.elements]
+        assert len(ids) == len(set(ids))
+        assert set(page.attributes("aria-labelledby")) <= set(ids)
+        assert tags.count("table") == tags.count("caption")
+        assert all(found.get("alt") for tag, found in page.elements if tag == "img")
+
+    def test_of_many_extractions_a_few_are_shown_and_all_are_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("orchestrator.report.to_png", lambda figure: b"PNG")
+        path = make_sweep(tmp_path / "many", [], parameters=GRID)
+        files = keep_directions(path, *(direction_arrays(best=layer, layers=6) for layer in range(1, 6)))
+        files[1].unlink()
+        page = report(path)
+        text = " ".join(page.text.split())
+        assert "5 stored extractions of directions; 2 are shown." in text
+        assert f"{files[1].name} is gone" in text
+        assert {file.name for file in (path / "report").glob("direction-*")} == {
+            f"direction-{number}-{name}.png" for number in (1, 2) for name in ("layers", "pairs", "positions")
+        }
+
+    def test_directions_without_diagnostics_are_counted_only(self, tmp_path: Path) -> None:
+        path = make_sweep(tmp_path / "old", [], parameters=GRID)
+        keep_directions(path, {"directions": np.ones((3, 4), np.float32)})
+        assert "1 stored extraction of directions; 0 are shown." in " ".join(report(path).text.split())
+
+    def test_without_prompts_there_is_no_figure_of_positions(self, tmp_path: Path) -> None:
+        path = make_sweep(tmp_path / "short", [], parameters=GRID)
+        keep_directions(path, direction_arrays(positions=0))
+        [shown] = stored_directions(open_sweep(path)).shown
+        assert [*shown.images] == ["direction-1-layers", "direction-1-pairs"]
+
+    def test_a_single_pair_has_no_area_and_an_empty_plane(self, tmp_path: Path) -> None:
+        path = make_sweep(tmp_path / "single", [], parameters=GRID)
+        arrays = direction_arrays()
+        unknown = ("held_out_auc", "held_out_accuracy", "pca_coordinates", "pca_variance_shares")
+        keep_directions(path, arrays | {name: np.full_like(arrays[name], np.nan) for name in unknown})
+        page = report(path)
+        assert "Best layer: 2." in " ".join(page.text.split())
+        assert not re.search(r"\bnan\b", " ".join([page.text, *page.attributes("alt")]))
+
+
+class TestDirectionFigures:
+    def test_curves_and_profile_show_every_layer_and_name_their_units(self) -> None:
+        arrays = direction_arrays()
+        values = arrays["separability"], arrays["held_out_auc"], arrays["cosine_profile"]
+        curves, profile, scale = direction_figures.layers_figure(*values, 2, LIGHT).axes
+        lines = {line.get_label(): line for line in curves.lines}
+        np.testing.assert_array_equal(lines["AUC, held out"].get_ydata(), arrays["held_out_auc"])
+        np.testing.assert_array_equal(lines["in order, fitted on"].get_ydata(), arrays["separability"])
+        assert curves.get_xlabel() == profile.get_ylabel() == "layer (block, from 0)"
+        [mesh] = profile.collections
+        np.testing.assert_array_equal(np.ma.getmaskarray(mesh.get_array()), np.isnan(values[2]))
+        assert mesh.get_clim() == (-1, 1)
+        assert scale.get_ylabel() == "cosine between directions"
+
+    def test_both_sides_are_counted_and_scattered_apart(self) -> None:
+        arrays = direction_arrays()
+        points, sides = arrays["pca_coordinates"][2], arrays["pca_is_positive"].astype(bool)
+        counts = arrays["histogram_positive"][2], arrays["histogram_negative"][2]
+        figure = direction_figures.pairs_figure(
+            arrays["histogram_edges"][2], counts, points, sides, np.array([0.25, 0.1]), DARK
+        )
+        along, plane = figure.axes
+        assert along.get_xlabel() == "projection on the direction (residual-stream units)"
+        assert [text.get_text() for text in along.get_legend().get_texts()] == ["positive", "negative"]
+        for drawn, chosen in zip(plane.collections, (sides, ~sides), strict=True):
+            np.testing.assert_allclose(drawn.get_offsets(), points[chosen])
+        assert plane.get_ylabel() == "component 2 (10% of the variance)"
+
+    def test_positions_are_means_over_the_prompts_that_have_the_token(self) -> None:
+        cosines = np.array([[[np.nan, 0.2, 0.4]], [[np.nan, np.nan, -0.4]], [[np.nan, 0.6, 0.2]]])
+        figure = direction_figures.positions_figure(
+            np.array([-2, -1, 0]), cosines, np.array([True, False, True]), LIGHT
+        )
+        positive, negative, difference = (axes.collections[0].get_array() for axes in figure.axes[:3])
+        np.testing.assert_allclose(positive, [[0.4, 0.3]])
+        np.testing.assert_array_equal(np.ma.getmaskarray(negative), [[True, False]])
+        np.testing.assert_allclose(difference[0, 1], 0.7)
+        assert [axes.get_title() for axes in figure.axes[:3]] == [
+            "positive",
+            "negative",
+            "positive − negative",
+        ]
+        assert figure.axes[0].get_xlabel() == "token (0 = first new one)"
+        assert to_png(figure).startswith(b"\x89PNG")
 
 
 EFFECT, DAMAGE = Measure("effect", "nats", "maximize"), Measure("damage", "nats/token", "minimize")

@@ -15,18 +15,11 @@ from sklearn.metrics.pairwise import cosine_similarity as by_sklearn
 
 from jobs.errors import ModelError, SpecError
 from jobs.scoring import similarity
-from jobs.scoring.scorers import (
-    SCORERS,
-    UNDEFINED,
-    UNPARSED,
-    Score,
-    Use,
-    apply_scorers,
-    check_uses,
-    summarise,
-)
+from jobs.scoring.scorers import SCORERS, Use, apply_scorers, check_uses, identity
+from jobs.scoring.scores import UNDEFINED, UNPARSED, Score, summarise
 from jobs.scoring.similarity import cosine_similarity, embed, exemplar_cosines
 from jobs.scoring.text import parse_judgement
+from jobs.scoring.uses import parse_uses
 
 NEEDED: Mapping[str, Mapping[str, Any]] = {
     "contains": {"sought": "sun"},
@@ -453,6 +446,18 @@ class TestApplication:
             {"sought": "B", "ignore_case": False},
         ]
         assert [row["value"] for row in found] == [1, 0]
+
+    def test_the_identity_of_a_use_says_what_its_scores_say(self) -> None:
+        use = Use("contains", {"sought": "help"})
+        [row] = apply_scorers(self.ROWS[:1], [use])
+        assert identity(use) == {name: row[name] for name in ("scorer", "version", "options")}
+        assert identity(Use("contains", {"ignore_case": False, "sought": "help"})) == identity(use)
+
+    @pytest.mark.parametrize(
+        "text", ['contains{"sought": "a"}', 'contains:{"sought": "a"}', 'contains : {"sought": "a"}']
+    )
+    def test_a_use_is_read_with_or_without_a_colon(self, text: str) -> None:
+        assert parse_uses([text]) == {"contains": Use("contains", {"sought": "a"})}
 
     def test_scoring_again_gives_the_same(self) -> None:
         uses = [Use("refusal"), Use("choice", {"labels": ["A", "B"]}), Use("exact")]

@@ -22,8 +22,21 @@ from jobs.resolve import code_version, data_hash, load_job, locate_data, make_pa
 from jobs.spec import ModelRef, Requirement, Spec, canonical_json, content_hash, is_defined, params_to_json
 
 ROOT = Path(__file__).parents[1]
-JOBS = ("jobs.capture", "jobs.extract", "jobs.generate", "jobs.honesty", "jobs.steer")
-REQUIRED = {job: {"layer": 1, "dose": 0.5} for job in ("jobs.generate", "jobs.honesty", "jobs.steer")}
+JOBS = (
+    *("jobs.capability", "jobs.capture", "jobs.classify", "jobs.extract", "jobs.generate", "jobs.honesty"),
+    *("jobs.judge", "jobs.steer"),
+)
+DIRECTED = {*JOBS} - {"jobs.classify"}
+"""All that take a direction, or make one."""
+STEERED = ("jobs.capability", "jobs.generate", "jobs.honesty", "jobs.steer")
+REQUIRED: dict[str, dict[str, Any]] = {
+    **{job: {"layer": 1, "dose": 0.5} for job in STEERED},
+    "jobs.classify": {"replies": "courtesy_replies"},
+    "jobs.judge": {
+        **{"layer": 1, "dose": 0.5, "judge": "small", "question": "Which text is kinder?"},
+        "address": "http://127.0.0.1:8000/v1",
+    },
+}
 MODEL = ModelRef(id="some/model", revision="0123abc")
 
 plain = (
@@ -223,6 +236,11 @@ class TestJobContract:
             ("jobs.steer", {"prompts": "absent"}, "no dataset 'absent'"),
             ("jobs.honesty", {"claims_extract": 1000}, "1000 + 60 + 60 are asked for"),
             ("jobs.generate", {"prompts": "claims"}, "'prompt' is absent or empty"),
+            ("jobs.judge", {"prompts": "claims"}, "'prompt' is absent or empty"),
+            ("jobs.judge", {"address": ""}, "nothing is sent anywhere without one"),
+            ("jobs.classify", {"replies": "open_prompts"}, "it takes one of 'reply' and 'text'"),
+            ("jobs.capability", {"questions": "open_prompts"}, "'question' is absent or empty"),
+            ("jobs.capability", {"text": "claims"}, "'text' is absent or empty"),
             ("jobs.generate", {"scorers": ["exact"]}, "lacks ['answer'], which scorer 'exact' needs"),
         ],
     )
@@ -251,7 +269,7 @@ class TestJobContract:
 
 
 class TestMakeSpec:
-    @pytest.mark.parametrize("job", ["jobs.steer", "jobs.honesty", "jobs.generate"])
+    @pytest.mark.parametrize("job", [*STEERED, "jobs.judge"])
     @given(
         layer=st.integers(0, 40),
         dose=st.sampled_from([0.0, -0.0, 0]),
@@ -380,14 +398,14 @@ class TestCodeVersion:
         [
             ("steer.py", {"jobs.steer"}),
             ("readout.py", {"jobs.steer"}),
-            ("completions.py", {"jobs.generate", "jobs.steer"}),
-            ("scoring/scorers.py", {"jobs.generate"}),
-            ("extract.py", set(JOBS)),
-            ("data/pairs.py", set(JOBS)),
+            ("completions.py", {"jobs.capability", "jobs.generate", "jobs.judge", "jobs.steer"}),
+            ("scoring/scorers.py", {"jobs.generate", "jobs.judge"}),
+            ("extract.py", DIRECTED),
+            ("data/pairs.py", DIRECTED),
             ("engine/memory.py", set(JOBS)),
             ("engine/loading.py", set(JOBS)),
-            ("directions/contrast.py", set(JOBS)),
-            ("scoring/statistics.py", {"jobs.honesty"}),
+            ("directions/contrast.py", DIRECTED),
+            ("scoring/statistics.py", {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge"}),
         ],
     )
     def test_code_changes_it_for_every_job_that_reaches_the_code_and_no_other(

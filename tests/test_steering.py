@@ -1,14 +1,18 @@
 """The steering that jobs share: what its parameters mean as interventions."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jobs import extract, steer
+from jobs.directions.vector_files import write_safetensors
 from jobs.engine.interventions import Add, Clamp, ProjectOut, Replace
-from jobs.steering import canonical_steering, interventions, vector_rows, without_steering
-from tests.models import Artifacts, tiny_replica
+from jobs.errors import SpecError
+from jobs.steering import canonical_steering, extraction_of, interventions, vector_rows, without_steering
+from tests.models import HIDDEN, Artifacts, tiny_replica
 
 EXTRACTION = extract.Params(pairs="tone_pairs", count=4)
 
@@ -97,3 +101,50 @@ def test_equal_steering_has_one_form() -> None:
 def test_the_effect_counts_towards_the_side_that_is_steered_to() -> None:
     assert params(dose=0.2).sign == params(multiplier=1.0).sign == 1
     assert params(dose=-0.2).sign == params(operation="project_out").sign == -1
+
+
+def test_options_of_the_extraction_pass_through_and_equal_ones_are_equal() -> None:
+    wanted = params(
+        dose=0.1, combine=("formality_pairs",), without=("tone_pairs",), without_words=(" good",), component=2
+    )
+    found = extraction_of(wanted, pairs="tone_pairs")
+    assert found == extract.Params(
+        pairs="tone_pairs",
+        combine=("formality_pairs",),
+        combine_weights=(1.0,),
+        without=("tone_pairs",),
+        without_words=(" good",),
+    )
+    assert canonical_steering(wanted) == params(
+        dose=0.1,
+        combine=("formality_pairs",),
+        combine_weights=(1.0,),
+        without=("tone_pairs",),
+        without_words=(" good",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"component": -1}, "component=-1"),
+        ({"mixture": (1.0, 2.0)}, "mixture"),
+        ({"combine": ("a", "b"), "combine_weights": (1.0,)}, "combine_weights"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        params(dose=0.1, **values)
+
+
+def test_an_imported_vector_steers_as_it_stands_in_its_file(context: Artifacts, tmp_path: Path) -> None:
+    vector = np.random.default_rng(0).normal(size=HIDDEN)
+    path = tmp_path / "mine.safetensors"
+    write_safetensors(path, {2: vector / np.linalg.norm(vector)}, model="tiny", method="by hand")
+    wanted = params(layer=2, multiplier=3.0, vectors=str(path))
+    [change] = interventions(context, wanted, extraction_of(wanted, pairs="tone_pairs"))
+    assert isinstance(change, Add)
+    np.testing.assert_allclose(change.vector, 3 * vector / np.linalg.norm(vector), rtol=1e-5)
+    elsewhere = replace(wanted, layer=1)
+    with pytest.raises(SpecError, match="layer 1 has no direction"):
+        interventions(context, elsewhere, extraction_of(elsewhere, pairs="tone_pairs"))

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jobs.errors import SpecError
-from jobs.scoring.scorers import SCORERS, NoOptions, Use, apply_scorers, check_uses
+from jobs.scoring.options import NoOptions
+from jobs.scoring.scorers import SCORERS, Use, apply_scorers, check_uses
 from jobs.spec import Metric
 
 MOST_USES = 3
@@ -34,7 +35,8 @@ def parse_uses(scorers: Sequence[str]) -> dict[str, Use]:
     """Name of the metric -> scorer and options: `contains`, then `contains_2` for its second use.
 
     Args:
-        scorers: Names, with options as JSON behind them, such as `contains{"sought": "sun"}`.
+        scorers: Names, with options as JSON behind them, such as `contains{"sought": "sun"}`; a colon may
+            stand between the two.
 
     Raises:
         SpecError: If there is no such scorer, it refuses its options, or it is used too often.
@@ -55,7 +57,7 @@ def parse_uses(scorers: Sequence[str]) -> dict[str, Use]:
 def _parse(text: str) -> Use:
     name, brace, rest = text.partition("{")
     try:
-        use = Use(name.strip(), json.loads(brace + rest) if brace else {})
+        use = Use(name.strip().removesuffix(":").strip(), json.loads(brace + rest) if brace else {})
     except json.JSONDecodeError as error:
         raise SpecError(
             f"scorers: the options of {text!r} are not JSON ({error.msg}); write them such as "

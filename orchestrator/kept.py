@@ -1,0 +1,178 @@
+"""Commands over what a sweep has kept: look at it, score it again, take directions out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.errors import SpecError
+from orchestrator.printing import FORMATS, print_json, print_pareto, print_table, say
+
+Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def status(folder: Folder, as_json: Json = False) -> None:
+    """How many trials wait, run, have completed, were infeasible, failed, and who drives the sweep now."""
+    from storage.lock import driver
+    from storage.query import open_sweep
+
+    sweep = open_sweep(folder)
+    failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
+    summary = {
+        "sweep": sweep.identity["sweep"],
+        "trials": sweep.identity.get("trials"),
+        **sweep.counts(),
+        "driver": driver(folder),
+    }
+    if as_json:
+        print_json({**summary, "failures": failures})
+        return
+    for name, value in summary.items():
+        say(f"{name:>10}  {'none' if value is None else value}")
+    for failure in failures:
+        say(f"trial {failure['trial']}: {failure['reason']}")
+
+
+def pareto(folder: Folder, as_json: Json = False) -> None:
+    """The trials that no other trial dominates, with the report split beside the select split."""
+    from storage.pareto import pareto as find_pareto
+    from storage.query import open_sweep
+
+    found = find_pareto(open_sweep(folder))
+    if as_json:
+        print_json({"pareto": found})
+    else:
+        print_pareto(found)
+
+
+def query(
+    folder: Folder,
+    sql: Annotated[
+        str,
+        typer.Argument(
+            help="One SELECT over trials, attempts, metrics, items, completions, scores, vectors, artifacts."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+) -> None:
+    """Ask the sweep's tables in SQL (DuckDB); nothing can be changed."""
+    from storage.query import open_sweep
+
+    if output not in FORMATS:
+        raise SpecError(f"--format {output!r}; it takes one of {sorted(FORMATS)}")
+    table = open_sweep(folder).query(sql)
+    FORMATS[output](table.column_names, table.to_pylist())
+
+
+def score(
+    folder: Folder,
+    scorers: Annotated[
+        list[str],
+        typer.Option(
+            "--scorer", help='A scorer, with options as JSON behind it: refusal, contains{"sought": "sun"}.'
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Score stored completions with other scorers, without the model; the table `scores` keeps them."""
+    from orchestrator.rescoring import rescore
+
+    found = rescore(folder, scorers)
+    if as_json:
+        print_json(found)
+        return
+    columns = ["trial", "split", "scorer", "mean", "items", "unparsed"]
+    print_table(columns, found["trials"])
+    for used in found["scorers"]:
+        say(f"{used['name']}: {used['scorer']} version {used['version']} {used['options']}")
+    say(_score_line(found))
+
+
+def _score_line(found: Mapping[str, Any]) -> str:
+    pairs = found["specs"] * len(found["scorers"])
+    if found["added"] == 0:
+        return "nothing to do: all stored completions had these scores already"
+    there = f"; {found['unchanged']} of {pairs} were there already" if found["unchanged"] else ""
+    return f"{found['added']} scores added for {found['specs']} results{there}"
+
+
+def vectors(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="Write one as a control vector: FILE.safetensors or FILE.gguf.")
+    ] = None,
+    spec: Annotated[str | None, typer.Option(help="Which one: the beginning of its id.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="The model's architecture in a GGUF file; read from the model without.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the directions that a sweep has stored, or export one."""
+    from orchestrator.export import Chosen, export, stored_directions
+
+    if out is not None:
+        written = export(folder, Chosen(out, spec, architecture, force))
+        if as_json:
+            print_json(written)
+        else:
+            say(_written_line(written))
+        return
+    found = [each.to_json() for each in stored_directions(folder) if each.spec.startswith(spec or "")]
+    if as_json:
+        print_json({"directions": found})
+    elif found:
+        rows = [
+            {**each, "layers": _spans(each["layers"]), "params": _short(each["params"])} for each in found
+        ]
+        print_table(list(rows[0]), rows)
+    else:
+        say("no directions are stored")
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Layers in short: 0-29, or 4, 8, 12."""
+    whole = len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1
+    return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))
+
+
+def _short(params: Mapping[str, Any] | None) -> str:
+    """Parameters in short: empty ones are left out."""
+    if params is None:
+        return "unknown"
+    return ", ".join(f"{name}={value}" for name, value in params.items() if value not in (None, "", []))
+
+
+def _written_line(written: Mapping[str, Any]) -> str:
+    is_cut = written["written"] != written["layers"]
+    left = "; a GGUF control vector has no layer 0, which was left out" if is_cut else ""
+    return f"{written['file']}: layers {_spans(written['written'])} of {written['spec']}{left}"
+
+
+def report(folder: Folder, as_json: Json = False) -> None:
+    """Write the report again: one HTML page that works offline, and its figures as PNG."""
+    from orchestrator.report import write_report
+
+    path = write_report(folder)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        say(str(path))
+
+
+def ui(
+    folder: Folder, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000
+) -> None:
+    """Open MLflow's UI on the sweep's store, on this machine only; stop it with Ctrl-C."""
+    from storage.mlflow_ui import serve_ui
+    from storage.query import open_sweep
+
+    def announce(address: str) -> None:
+        say(f"MLflow on {address} (Ctrl-C stops it)")
+        # Its first page is about conversations with agents. Experiment 0 is MLflow's own, 1 the sweep's.
+        say(f"this sweep's runs: {address}/#/experiments/1/runs?workflowType=machine_learning")
+
+    open_sweep(folder)
+    serve_ui(folder, port, announce)

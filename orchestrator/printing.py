@@ -1,0 +1,73 @@
+"""What commands write to standard output: tables, CSV, JSON, lines."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_pareto(found: list[dict[str, Any]]) -> None:
+    """A Pareto front as a table: parameters, then objectives on both splits."""
+    if not found:
+        say("no completed trial yet, so no Pareto front")
+        return
+    rows = [
+        {
+            "trial": point["trial"],
+            **point["params"],
+            **{f"{name} (select)": value for name, value in point["objectives"].items()},
+            **{f"{name} (report)": value for name, value in point["report"].items()},
+        }
+        for point in found
+    ]
+    print_table(list(rows[0]), rows)
+
+
+def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """The first rows as a table, and how many more there are."""
+    table = Table(*columns)
+    for row in rows[:_MOST_ROWS]:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(table)
+    if len(rows) > _MOST_ROWS:
+        say(f"... and {len(rows) - _MOST_ROWS} more rows, which CSV and JSON show")
+
+
+_MOST_ROWS = 1000
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _print_csv(columns: list[str], rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _print_rows(columns: list[str], rows: list[dict[str, Any]]) -> None:
+    print_json(rows)
+
+
+FORMATS: dict[str, Callable[[list[str], list[dict[str, Any]]], None]] = {
+    "table": print_table,
+    "csv": _print_csv,
+    "json": _print_rows,
+}
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON; what JSON does not know becomes text."""
+    say(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def say(line: str) -> None:
+    """One line, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
