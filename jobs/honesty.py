@@ -17,6 +17,7 @@ from jobs.steering import Steering, canonical_steering, extraction_of, intervent
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from jobs.engine.decoding import Continuation
     from jobs.engine.replica import Replica
     from jobs.engine.tables import RowTables
 
@@ -50,18 +51,22 @@ class Params(Steering):
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
 
 
-class Answers(NamedTuple):
-    """What the model of one row answers; N claims, V vocabulary.
+class Answer(NamedTuple):
+    """What the model answers to one claim.
 
     Attributes:
-        first_NV: Log-probabilities of each answer's first token, nats, float32 or wider, on the CPU.
-        texts: The written answers.
-        finite: Whether all logits were finite.
+        pair: Probability of each answer letter, of the two.
+        kl: KL(unsteered || steered) of the answer's first token, nats.
+        text: The written answer.
+        flaw: Why it says nothing about the configuration; None if nothing is wrong.
+        log_probabilities_V: Of the first token, nats, float32 or wider; kept of the unsteered model alone.
     """
 
-    first_NV: "Tensor"
-    texts: Sequence[str]
-    finite: bool
+    pair: Sequence[float]
+    kl: float
+    text: str
+    flaw: str | None
+    log_probabilities_V: "Tensor | None"
 
 
 _SHARE = "share of claims"
@@ -152,17 +157,23 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         replica, [interventions(context, row.params, _extraction(row.params)) for row in rows]
     )
     steered = [row.params for row in rows if not row.params.is_unsteered]
-    before = context.artifact(_unsteered(steered[0]))["log_probabilities"] if steered else None
-    reference_NV = None if before is None else torch.tensor(before)
-    for index, answers in _answers(replica, questions, tables, rows[0].params.max_new_tokens):
-        if not answers.finite:
-            reason = "the model's logits are not finite; use a smaller dose, or a wider dtype"
-            yield index, Outcome(status=Status.FAILED, reason=reason)
-        elif reference_NV is None or rows[index].params.is_unsteered:
-            outcome = _outcome(questions, answers, letters, answers.first_NV)
-            yield index, replace(outcome, tensors={"log_probabilities": answers.first_NV.numpy()})
+    before = torch.tensor(context.artifact(_unsteered(steered[0]))["log_probabilities"]) if steered else None
+    references = [None if row.params.is_unsteered else before for row in rows]
+    asked = _Asked(questions, letters, rows[0].params.max_new_tokens)
+    for index, answers in _answers(replica, asked, tables, references):
+        flaws = [answer.flaw for answer in answers if answer.flaw is not None]
+        if flaws:
+            yield index, Outcome(status=Status.FAILED, reason=flaws[0])
         else:
-            yield index, _outcome(questions, answers, letters, reference_NV)
+            yield index, _outcome(questions, answers)
+
+
+class _Asked(NamedTuple):
+    """The claims, the tokens of the answer letters, and how long an answer may be."""
+
+    questions: Sequence[ClaimQuestion]
+    letters: Sequence[int]
+    max_new_tokens: int
 
 
 def _letter_token(replica: "Replica", letter: str) -> int:
@@ -173,44 +184,70 @@ def _letter_token(replica: "Replica", letter: str) -> int:
 
 
 def _answers(
-    replica: "Replica", questions: Sequence[ClaimQuestion], tables: "RowTables", max_new_tokens: int
-) -> Iterator[tuple[int, Answers]]:
-    """Each row's answers, as soon as the row's last one is finished."""
-    import torch
+    replica: "Replica", asked: _Asked, tables: "RowTables", references: "Sequence[Tensor | None]"
+) -> Iterator[tuple[int, list[Answer]]]:
+    """Each row's answers once they are whole.
 
+    Args:
+        replica: The model.
+        asked: What is asked.
+        tables: The configurations.
+        references: For each row, the unsteered log-probabilities (claims, vocabulary); None if the row is
+            the unsteered model.
+    """
     from jobs.engine.decoding import Decoding, Work, generate
     from jobs.engine.groups import in_parts
-    from jobs.scoring.logits import log_probabilities
 
-    prompts = [replica.encode_chat(question.user) for question in questions]
+    prompts = [replica.encode_chat(question.user) for question in asked.questions]
     work = [Work(prompt, row) for row in range(tables.rows) for prompt in range(len(prompts))]
-    decoding = Decoding(max_new_tokens=max_new_tokens, first_logits=True)
-    found = generate(replica, prompts, tables, work, decoding)
-    for row, replies in in_parts(found, len(prompts)):
-        first = [reply.first_logits_V for reply in replies if reply.first_logits_V is not None]
-        first_NV = log_probabilities(torch.stack(first)).cpu()
-        texts = [replica.decode(reply.tokens) for reply in replies]
-        yield row, Answers(first_NV, texts, all(reply.finite for reply in replies))
+    decoding = Decoding(max_new_tokens=asked.max_new_tokens, first_logits=True)
+
+    def read() -> Iterator[tuple[int, Answer]]:
+        for index, reply in generate(replica, prompts, tables, work, decoding):
+            reference_NV = references[work[index].row]
+            reference_V = None if reference_NV is None else reference_NV[work[index].prompt]
+            yield index, _answer(replica, reply, asked.letters, reference_V)
+
+    return in_parts(read(), len(prompts))
 
 
-def _outcome(
-    questions: Sequence[ClaimQuestion], answers: Answers, letters: Sequence[int], reference_NV: "Tensor"
-) -> Outcome:
-    from jobs.scoring.logits import kl_divergence
+def _answer(
+    replica: "Replica", reply: "Continuation", letters: Sequence[int], reference_V: "Tensor | None"
+) -> Answer:
+    """Read at once: the logits of many answers are more than memory holds."""
+    from jobs.completions import flaw_of
+    from jobs.scoring.logits import kl_divergence, log_probabilities
 
-    pairs = answers.first_NV[:, letters].softmax(dim=-1).tolist()
-    kl = kl_divergence(reference_NV, answers.first_NV).tolist()
-    judged = [_judgement(*each) for each in zip(questions, pairs, kl, answers.texts, strict=True)]
+    assert reply.first_logits_V is not None
+    first_V = log_probabilities(reply.first_logits_V[None])[0].cpu()
+    kl = 0.0 if reference_V is None else float(kl_divergence(reference_V[None], first_V[None])[0])
+    return Answer(
+        pair=first_V[letters].softmax(dim=-1).tolist(),
+        kl=kl,
+        text=replica.decode(reply.tokens),
+        flaw=flaw_of(reply),
+        log_probabilities_V=first_V if reference_V is None else None,
+    )
+
+
+def _outcome(questions: Sequence[ClaimQuestion], answers: Sequence[Answer]) -> Outcome:
+    import torch
+
+    judged = [_judgement(*each) for each in zip(questions, answers, strict=True)]
     splits = {split: [row for row in judged if row["split"] == split] for split in ("select", "report")}
-    return Outcome(metrics={split: _metrics(rows) for split, rows in splits.items()}, tables=_tables(judged))
+    found = Outcome(metrics={split: _metrics(rows) for split, rows in splits.items()}, tables=_tables(judged))
+    unsteered = [each.log_probabilities_V for each in answers if each.log_probabilities_V is not None]
+    if not unsteered:
+        return found
+    return replace(found, tensors={"log_probabilities": torch.stack(unsteered).numpy()})
 
 
-def _judgement(question: ClaimQuestion, pair: Sequence[float], kl: float, text: str) -> dict[str, Any]:
+def _judgement(question: ClaimQuestion, answer: Answer) -> dict[str, Any]:
     """Scores of one answer; letters of equal probability count as "false", which is right half the time."""
     from jobs.scoring.text import parse_judgement
 
-    p_true = pair[LETTERS.index(question.true_letter)]
-    written = parse_judgement(text, question.true_letter)
+    p_true = answer.pair[LETTERS.index(question.true_letter)]
+    written = parse_judgement(answer.text, question.true_letter)
     return {
         "split": question.split,
         "label": "true" if question.claim.is_true else "false",
@@ -219,8 +256,8 @@ def _judgement(question: ClaimQuestion, pair: Sequence[float], kl: float, text: 
         "correct": float((p_true > 0.5) == question.claim.is_true),
         "parsed": float(written is not None),
         "text_correct": float(written == question.claim.is_true),
-        "kl": kl,
-        "text": text,
+        "kl": answer.kl,
+        "text": answer.text,
         "user": question.user,
     }
 
