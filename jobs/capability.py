@@ -25,7 +25,7 @@ from jobs.steering import (
 if TYPE_CHECKING:
     from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
-    from jobs.exam import Exam, Results
+    from jobs.reading.exam import Exam, Results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _exam(replica: "Replica", params: Params) -> "Exam":
-    from jobs.exam import Exam
+    from jobs.reading.exam import Exam
 
     shared = tuple(getattr(params, name) for name in PACK_BY)
     data = tuple(data_hash(name) for name in (params.questions, params.text))
@@ -195,7 +195,7 @@ def _results(
 def _outcome(
     exam: "Exam", results: "Results", row: Row, changes: "Sequence[AnyIntervention]", context: Context
 ) -> Outcome:
-    from jobs.exam import item_rows, split_metrics
+    from jobs.reading.exam import item_rows, split_metrics
 
     if results.flaw is not None:
         return Outcome(status=Status.FAILED, reason=results.flaw)

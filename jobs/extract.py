@@ -11,10 +11,10 @@ from jobs.data.claims import load_questions
 from jobs.data.pairs import load_pairs
 from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
-from jobs.extraction import PRINCIPAL as PRINCIPAL
-from jobs.extraction import MethodName as MethodName
-from jobs.extraction import Params as Params
-from jobs.extraction import is_vector_file
+from jobs.extraction.params import PRINCIPAL as PRINCIPAL
+from jobs.extraction.params import MethodName as MethodName
+from jobs.extraction.params import Params as Params
+from jobs.extraction.params import is_vector_file
 from jobs.resolve import locate_data
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
@@ -103,7 +103,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     lacks; `residual_norms` (layers,), the mean norm of the activations they came from, or what the file says;
     `separability` (layers,), share of pairs; `held_out_auc` and `held_out_accuracy` (layers,), by
     cross-validation, NaN for a single pair; `projections` (layers, pairs, 2), of the positive and the
-    negative side. Besides the diagnostics of `jobs.diagnosis`.
+    negative side. Besides the diagnostics of `jobs.extraction.diagnosis`.
 
     Raises:
         SpecError: If a word is several tokens, or a file does not fit the model.
@@ -116,8 +116,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _extracted(replica: "Replica", row: Row) -> Outcome:
-    from jobs.diagnosis import diagnosed
-    from jobs.layerwise import contrast_of, judged_layers, residual_norms, vector_file
+    from jobs.extraction.diagnosis import diagnosed
+    from jobs.extraction.layerwise import contrast_of, judged_layers, residual_norms, vector_file
 
     params: Params = row.params
     words = [_word_token(replica, word) for word in params.without_words]

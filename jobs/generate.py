@@ -29,11 +29,11 @@ from jobs.steering import (
 )
 
 if TYPE_CHECKING:
-    from jobs.completions import Reply, Thread
     from jobs.engine.decoding import Decoding
     from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
-    from jobs.rereading import Reread
+    from jobs.reading.completions import Reply, Thread
+    from jobs.reading.rereading import Reread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +158,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         SpecError: If a layer does not exist, a prompt is too long, or a column is not what a scorer takes.
         ModelError: If there is no chat template, it refuses a conversation, or a scorer's encoder is absent.
     """
-    from jobs.completions import converse, replies_of
     from jobs.engine.tables import row_tables
-    from jobs.rereading import reread_together
+    from jobs.reading.completions import converse, replies_of
+    from jobs.reading.rereading import reread_together
 
     params = rows[0].params
     prompts = load_conversations(params.prompts, params.count)
@@ -201,7 +201,7 @@ def encode_history(replica: "Replica", params: Params, history: Sequence[str]) -
 
 def new_threads(number: int, row: Row, prompts: Sequence[Conversation]) -> "list[Thread]":
     """The samples of each prompt, in the order of the prompts."""
-    from jobs.completions import Thread
+    from jobs.reading.completions import Thread
 
     return [
         Thread(number, prompt.turns, _seeds(row.seed, prompt.turns, sample))
@@ -240,7 +240,7 @@ def _outcome(
     scorers: Mapping[str, Use],
     changes: "Sequence[AnyIntervention]",
 ) -> Outcome:
-    from jobs.completions import NOT_FINITE
+    from jobs.reading.completions import NOT_FINITE
 
     if not all(each.finite for each in again):
         return Outcome(status=Status.FAILED, reason=NOT_FINITE)

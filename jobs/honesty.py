@@ -215,7 +215,7 @@ def _answer(
     replica: "Replica", reply: "Continuation", letters: Sequence[int], reference_V: "Tensor | None"
 ) -> Answer:
     """Read at once: the logits of many answers are more than memory holds."""
-    from jobs.completions import flaw_of
+    from jobs.reading.completions import flaw_of
     from jobs.scoring.logits import kl_divergence, log_probabilities
 
     assert reply.first_logits_V is not None

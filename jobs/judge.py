@@ -17,9 +17,9 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.steering import canonical_steering, extraction_of, interventions, vector_rows, without_steering
 
 if TYPE_CHECKING:
-    from jobs.completions import Reply, Thread
     from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
+    from jobs.reading.completions import Reply, Thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +155,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
             too long.
         ModelError: If the model has no chat template and `chat` is asked for.
     """
-    from jobs.completions import converse
     from jobs.engine.tables import row_tables
+    from jobs.reading.completions import converse
 
     params = rows[0].params
     judge, prompts = _judge(params), _prompts(params)

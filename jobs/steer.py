@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from jobs.engine.interventions import AnyIntervention
     from jobs.engine.replica import Replica
-    from jobs.readout import Panel, Reading
+    from jobs.reading.readout import Panel, Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _panel(replica: "Replica", params: Params) -> "Panel":
-    from jobs.readout import Panel
+    from jobs.reading.readout import Panel
 
     shared = tuple(getattr(params, name) for name in PACK_BY)
     data = tuple(data_hash(name) for name in (params.choices, params.prompts))
@@ -169,7 +169,7 @@ def _panel(replica: "Replica", params: Params) -> "Panel":
 def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "np.ndarray") -> Outcome:
     import numpy as np
 
-    from jobs.readout import read_tables, split_means
+    from jobs.reading.readout import read_tables, split_means
 
     metrics = split_means(panel, reading)
     means = {split: np.array([found[name] for name in _COMPARED]) for split, found in metrics.items()}
@@ -189,7 +189,7 @@ def _steered_outcome(
     changes: "Sequence[AnyIntervention]",
     before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
-    from jobs.readout import read_tables, split_means
+    from jobs.reading.readout import read_tables, split_means
 
     if not reading.finite:
         return Outcome(

@@ -20,7 +20,7 @@ from jobs.data.texts import Text, load_texts
 from jobs.engine.replica import Replica
 from jobs.engine.tables import Steering
 from jobs.errors import SpecError
-from jobs.exam import Exam
+from jobs.reading.exam import Exam
 from jobs.resolve import make_params
 from jobs.spec import Outcome, Row, Status
 from tests.models import LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer

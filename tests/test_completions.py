@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import completions as completing
-from jobs import readout, steer
-from jobs.completions import NOT_FINITE, Reply, flaw_of, missed
+from jobs import steer
 from jobs.engine.decoding import Continuation
 from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
 from jobs.engine.sites import Place
 from jobs.engine.tables import RowTables, row_tables
-from jobs.rereading import reread, reread_together
+from jobs.reading import completions as completing
+from jobs.reading import readout
+from jobs.reading.completions import NOT_FINITE, Reply, flaw_of, missed
+from jobs.reading.rereading import reread, reread_together
 from jobs.resolve import make_params
 from jobs.spec import Status
 from tests.models import HIDDEN, Artifacts, tiny_replica

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from jobs import contrasts, diagnosis, extract, steer
+from jobs import extract, steer
 from jobs.data.claims import load_questions
 from jobs.directions.diagnostics import logit_lens
 from jobs.directions.vector_files import write_gguf, write_safetensors
 from jobs.engine.capture import capture
 from jobs.engine.replica import Replica
 from jobs.errors import ModelError, SpecError
+from jobs.extraction import contrasts, diagnosis
 from jobs.resolve import data_hash, make_params, make_spec
 from jobs.spec import ModelRef, Outcome, Requirement
 from jobs.steering import interventions

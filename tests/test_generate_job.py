@@ -13,7 +13,6 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from jobs import completions as completing
 from jobs import generate
 from jobs.data.prompts import Conversation, load_conversations
 from jobs.engine.decoding import Decoding, Work
@@ -21,6 +20,7 @@ from jobs.engine.decoding import generate as decode
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling
 from jobs.errors import ModelError, SpecError
+from jobs.reading import completions as completing
 from jobs.resolve import make_params
 from jobs.scoring import similarity
 from jobs.scoring.scorers import SCORERS, Use, apply_scorers

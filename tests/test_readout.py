@@ -16,7 +16,7 @@ from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
-from jobs.readout import Completion, Panel, Reading, read_tables, split_means
+from jobs.reading.readout import Completion, Panel, Reading, read_tables, split_means
 from jobs.spec import Outcome, Status
 from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 

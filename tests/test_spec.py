@@ -397,8 +397,11 @@ class TestCodeVersion:
         ("path", "changed"),
         [
             ("steer.py", {"jobs.steer"}),
-            ("readout.py", {"jobs.steer"}),
-            ("completions.py", {"jobs.capability", "jobs.generate", "jobs.judge", "jobs.steer"}),
+            ("reading/readout.py", {"jobs.steer"}),
+            (
+                "reading/completions.py",
+                {"jobs.capability", "jobs.generate", "jobs.honesty", "jobs.judge", "jobs.steer"},
+            ),
             ("scoring/scorers.py", {"jobs.generate", "jobs.judge"}),
             ("extract.py", DIRECTED),
             ("data/pairs.py", DIRECTED),

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.completions import missed
 from jobs.data.prompts import Choice, OpenPrompt
 from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.groups import in_parts, next_token
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
-from jobs.rereading import unsteered_nll
+from jobs.reading.completions import missed
+from jobs.reading.rereading import unsteered_nll
 from jobs.scoring import logits, text
 
 

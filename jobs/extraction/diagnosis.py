@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.contrasts import Contrast
 from jobs.directions.diagnostics import (
     cosine_profile,
     pca_scatter,
@@ -24,7 +23,8 @@ from jobs.engine.interventions import Replace
 from jobs.engine.replica import Replica
 from jobs.engine.tables import Steering, row_tables, steered
 from jobs.errors import ModelError
-from jobs.extraction import Params
+from jobs.extraction.contrasts import Contrast
+from jobs.extraction.params import Params
 from jobs.spec import params_to_json
 
 BINS = 24

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.completions import NOT_FINITE, missed
 from jobs.data.multiple_choice import LETTERS, Question
 from jobs.data.texts import Text
 from jobs.engine.groups import in_parts, next_token, once
@@ -18,7 +17,8 @@ from jobs.engine.memory import in_batches
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, Steering, steered
 from jobs.errors import SpecError
-from jobs.rereading import cost
+from jobs.reading.completions import NOT_FINITE, missed
+from jobs.reading.rereading import cost
 from jobs.scoring.logits import Surprise, Window, perplexity, sliding_windows, window_surprise
 from jobs.scoring.statistics import paired_bootstrap, wilson_interval
 

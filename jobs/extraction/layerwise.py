@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.contrasts import Contrast, claims_contrast, text_contrast
 from jobs.directions.fitting import Judged, composed, fit_direction, judged, undefined, unit
 from jobs.directions.held_out import Method
 from jobs.directions.vector_files import VectorFile, read_vectors
 from jobs.engine.replica import Replica
-from jobs.extraction import PRINCIPAL, Params, is_vector_file
+from jobs.extraction.contrasts import Contrast, claims_contrast, text_contrast
+from jobs.extraction.params import PRINCIPAL, Params, is_vector_file
 from jobs.resolve import locate_data
 from jobs.spec import Row
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jobs.completions import Reply
 from jobs.engine.memory import in_batches
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, Steering, steered
+from jobs.reading.completions import Reply
 from jobs.scoring import logits
 
 _COPIES = 4
