@@ -282,10 +282,11 @@ class _Batch:
 
     def _lockstep(self) -> Tensor:
         """Logits of the next tokens; sequences of the same text run as one as far as they can."""
-        blocks, _ = self._skipped()
-        self._move(in_order(blocks))
         blocks, leader = self._skipped()
-        computed = first_sequences(self._replica, sorted(blocks))
+        if blocks != sorted(blocks):
+            self._move(in_order(blocks))
+            blocks, leader = self._skipped()
+        computed = first_sequences(self._replica, blocks)
         length = self._cache.length
         self._mask[: self.live, length] = 1
         ids_S1 = torch.tensor([[slot.text[-1]] for slot in self._slots], device=self._replica.device)

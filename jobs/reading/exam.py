@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs.data.multiple_choice import LETTERS, Question
 from jobs.data.texts import Text
 from jobs.engine.groups import in_parts, next_token, once
-from jobs.engine.memory import in_batches
+from jobs.engine.memory import in_batches, pass_tokens
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, Steering, steered
 from jobs.errors import SpecError
@@ -133,7 +133,7 @@ class Exam:
     def _surprises(self, tables: RowTables) -> Iterator[tuple[int, tuple[np.ndarray, str | None]]]:
         """For each row, the nats of each passage, and where steering did not act as it was to."""
         tokens = sum(len(passage.tokens) for passage in self.passages)
-        together = max(1, self.replica.token_budget // tokens)
+        together = max(1, pass_tokens(self.replica) // tokens)
 
         def read(rows: list[int]) -> Iterator[tuple[int, tuple[np.ndarray, str | None]]]:
             for start in range(0, len(rows), together):
