@@ -24,7 +24,7 @@ from jobs.engine.tables import row_tables
 from jobs.spec import ModelRef
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-SIZES = {"grid": (48, 8), "10 x the prompts": (480, 8), "10 x the configurations": (48, 80)}
+SIZES = {"grid": (24, 8), "10 x the prompts": (240, 8), "10 x the configurations": (24, 80)}
 """Prompts and configurations."""
 NEW_TOKENS = 4
 MEMORY_MIB = 256

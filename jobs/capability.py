@@ -117,11 +117,9 @@ def check(params: Params) -> None:
 
 def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer; weights know no sites and no tokens."""
-    if params.is_unsteered:
-        return without_steering(params, shared=PACK_BY)
     if params.ablate:
         params = replace(params, site="after", tokens="all", weights=())
-    return canonical_steering(params)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _extraction(params: Params) -> extract.Params:

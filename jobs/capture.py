@@ -1,95 +1,103 @@
 """Job: hidden states of prompts and of what follows them, unsteered or steered -> the table `activations`."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jobs import extract
+from jobs import extract, steering
 from jobs.data.files import read_rows
 from jobs.data.pairs import Pair, load_pairs
 from jobs.data.prompts import OpenPrompt
 from jobs.errors import SpecError
-from jobs.spec import SPLITS, Context, Metric, Outcome, Requirement, Row, Size
+from jobs.spec import SPLITS, Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.steering import Steering, canonical_steering, extraction_of, interventions
 
 if TYPE_CHECKING:
     import numpy as np
 
     from jobs.engine.capture import Captured, Wanted
-    from jobs.engine.interventions import Add
     from jobs.engine.replica import Replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
-    """Which states of which prompts, and the steering under which they are read.
+class Params(Steering):
+    """Which states of which prompts, and the steering under which they are read; without a strength, none.
 
     Attributes:
+        pairs: Contrast pairs that the direction comes from.
         source: `prompts`: `data` is a dataset of open prompts. `pairs`: `data` is a dataset of contrast
             pairs, whose two texts are read raw and count as the split select.
         data: Name or path of the dataset.
         count: Number of prompts or pairs, taken from the start; 0 takes all.
         chat: Whether open prompts are asked in the model's chat template; otherwise they are read raw.
-        layers: Blocks, counted from 0, or `all`.
-        sites: The residual stream `before` and `after` a block, and what its `attention` and `mlp` add.
+        capture_layers: Blocks, counted from 0, or `all`.
+        capture_sites: The residual stream `before` and `after` a block, and what its `attention` and `mlp`
+            add.
         offsets: Tokens of the prompt, counted from its end (1 = the last one); `all` takes every token.
-        mean: Whether the states of `all` tokens, or of the generated ones, are averaged.
+        spans: Columns of the dataset that each name a part of its prompt, which stands there once; the tokens
+            of that part are captured under the column's name.
+        mean: Whether the states of each name are averaged.
         max_new_tokens: Most tokens of a greedy completion, whose states are captured too; 0 = none.
-        layer: Block whose output is steered, counted from 0.
-        dose: Strength relative to the mean residual norm at that layer; 0 = unsteered.
-        pairs: Contrast pairs that the direction comes from, as a mean difference.
     """
 
+    layer: int = 0
+    pairs: str = "tone_pairs"
     source: Literal["prompts", "pairs"] = "prompts"
     data: str = "open_prompts"
     count: int = 0
     chat: bool = True
-    layers: tuple[int, ...] | Literal["all"] = "all"
-    sites: tuple[Literal["before", "after", "attention", "mlp"], ...] = ("after",)
+    capture_layers: tuple[int, ...] | Literal["all"] = "all"
+    capture_sites: tuple[Literal["before", "after", "attention", "mlp"], ...] = ("after",)
     offsets: tuple[int, ...] | Literal["all"] = (1,)
+    spans: tuple[str, ...] = ()
     mean: bool = False
     max_new_tokens: int = 0
-    layer: int = 0
-    dose: float = 0.0
-    pairs: str = "tone_pairs"
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_new_tokens", "layer"):
+        self.check_steering(needs_strength=False)
+        for name in ("count", "max_new_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it takes 0 or more")
-        for name in ("layers", "sites", "offsets"):
+        for name in ("capture_layers", "capture_sites", "offsets", "spans"):
             values = getattr(self, name)
             if values != "all" and len(set(values)) < len(values):
                 raise ValueError(f"{name}={values}; each once")
-        if not self.layers or not self.sites or not (self.offsets or self.max_new_tokens):
+        tokens = self.offsets or self.spans or self.max_new_tokens
+        if not self.capture_layers or not self.capture_sites or not tokens:
             raise ValueError(
-                f"layers={self.layers}, sites={self.sites}, offsets={self.offsets} and max_new_tokens="
-                f"{self.max_new_tokens} capture nothing; name layers, sites, and offsets or new tokens"
+                f"capture_layers={self.capture_layers}, capture_sites={self.capture_sites}, offsets="
+                f"{self.offsets}, spans={self.spans} and max_new_tokens={self.max_new_tokens} capture "
+                "nothing; name layers, sites, and offsets, spans or new tokens"
             )
-        if isinstance(self.layers, tuple) and any(layer < 0 for layer in self.layers):
-            raise ValueError(f"layers={self.layers}; layers are counted from 0")
+        if isinstance(self.capture_layers, tuple) and any(layer < 0 for layer in self.capture_layers):
+            raise ValueError(f"capture_layers={self.capture_layers}; layers are counted from 0")
         if isinstance(self.offsets, tuple) and any(offset < 1 for offset in self.offsets):
             raise ValueError(f"offsets={self.offsets}; tokens are counted from the end, 1 = the last one")
-        if not math.isfinite(self.dose):
-            raise ValueError(f"dose={self.dose}; it takes a finite number of residual norms")
+        if taken := {"all", "generated", "prompt", "split"} & {*self.spans}:
+            raise ValueError(f"spans={self.spans}; {sorted(taken)} have another meaning here")
 
 
 METRICS = {
     "vectors": Metric("vectors", "states that were captured"),
     "norm": Metric("residual-stream units", "mean Euclidean norm of the states"),
 }
-PACK_BY = ("source", "data", "count", "chat", "layers", "sites", "offsets", "mean", "max_new_tokens")
-DATA = ("data", "pairs")
-LAYERS = ("layer", "layers")
+PACK_BY = (
+    *("source", "data", "count", "chat", "capture_layers", "capture_sites"),
+    *("offsets", "spans", "mean", "max_new_tokens"),
+)
+DATA = ("data", "pairs", *steering.DATA)
+LAYERS = ("layer", "layers", "capture_layers")
 
 
 class _Item(NamedTuple):
-    """A prompt: its number, its split, the class of a contrast pair's text, and what it says."""
+    """A prompt: its number, its split, the class of a contrast pair's text, what it says, and its parts."""
 
     item: int
     split: str
     label: str | None
     text: str
+    parts: Mapping[str, str]
 
 
 def size(params: Params) -> Size:
@@ -99,41 +107,56 @@ def size(params: Params) -> Size:
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """The direction, if it is steered."""
-    if params.dose == 0:
+    """The directions, if it is steered."""
+    if params.is_unsteered:
         return ()
     return (Requirement(job="jobs.extract", params=_extraction(params)),)
 
 
 def check(params: Params) -> None:
-    """The prompts and the pairs can be read. Raises SpecError if not."""
+    """The prompts and the pairs can be read, and every span stands once in its prompt.
+
+    Raises:
+        SpecError: If not.
+    """
     extract.check(_extraction(params))
-    _read_items(params)
+    for item in _read_items(params):
+        for name, part in item.parts.items():
+            if item.text.count(part) != 1:
+                raise SpecError(
+                    f"{params.data}, row {item.item} from 0: {name!r} is {part!r}, which has to stand once "
+                    f"in {item.text!r}"
+                )
 
 
 def canonical(params: Params) -> Params:
-    """A dose of 0 is the same work at every layer and with all pairs; contrast pairs are always raw."""
+    """The unsteered model is the same work whatever the direction; contrast pairs are always raw."""
     if params.source == "pairs":
         params = replace(params, chat=False)
-    return params if params.dose else replace(params, layer=0, dose=0.0, pairs=Params().pairs)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _extraction(params: Params) -> extract.Params:
-    return extract.Params(pairs=params.pairs)
+    return extraction_of(params, pairs=params.pairs)
 
 
 def _read_items(params: Params) -> list[_Item]:
     if params.source == "pairs":
+        if params.spans:
+            raise SpecError(f"spans={list(params.spans)} with source='pairs', whose rows name no parts")
         found = [
-            _Item(number, "select", label, text)
+            _Item(number, "select", label, text, {})
             for number, pair in enumerate(load_pairs(params.data))
             for label, text in zip(Pair._fields, pair, strict=True)
         ]
     else:
-        rows = read_rows(params.data, OpenPrompt._fields)
+        rows = read_rows(params.data, (*OpenPrompt._fields, *params.spans))
         if wrong := sorted({row["split"] for row in rows} - set(SPLITS)):
             raise SpecError(f"{params.data} has the splits {wrong}; it takes {list(SPLITS)}")
-        found = [_Item(number, row["split"], None, row["prompt"]) for number, row in enumerate(rows)]
+        found = [
+            _Item(number, row["split"], None, row["prompt"], {name: row[name] for name in params.spans})
+            for number, row in enumerate(rows)
+        ]
     available = found[-1].item + 1
     if available < params.count:
         raise SpecError(f"{params.data} has {available} {params.source}; count={params.count} are asked for")
@@ -144,7 +167,12 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Capture every row of the pack in shared batches.
 
     The states go into the table `activations` as they come, with their norms by prompt, layer and site in
-    `items` (named such as `norm_after_3`) and what was generated in `completions`.
+    `items` (named such as `norm_after_3`) and what was generated in `completions`. A row fails if a state is
+    not finite, or if other tokens were changed than were to be.
+
+    Raises:
+        SpecError: If a layer or a token does not exist.
+        ModelError: If there is no chat template, or the tokenizer cannot place a span.
     """
     from jobs.engine.capture import capture
     from jobs.engine.decoding import Work
@@ -153,44 +181,63 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     params = rows[0].params
     items = _read_items(params)
     prompts = [_encode(replica, params, item.text) for item in items]
-    tables = row_tables(replica, [_additions(context, row.params) for row in rows])
+    tables = row_tables(
+        replica, [interventions(context, row.params, _extraction(row.params)) for row in rows]
+    )
     work = [Work(prompt, row) for row in range(len(rows)) for prompt in range(len(prompts))]
     sums = [_Sums(left=len(items)) for _ in rows]
-    for index, found in capture(replica, prompts, tables, work, _wanted(replica, params, prompts)):
+    for index, found in capture(replica, prompts, tables, work, _wanted(replica, params, items, prompts)):
         prompt, row, _ = work[index]
         norms = _write(context, row, items[prompt], found)
         if params.max_new_tokens:
             context.write(row, "completions", _completion(replica, items[prompt], found))
-        if sums[row].add(items[prompt].split, norms):
-            yield row, Outcome(metrics=sums[row].metrics())
+        if sums[row].add(items[prompt].split, norms, _flaw(found, norms)):
+            yield row, sums[row].outcome()
 
 
 def _encode(replica: "Replica", params: Params, text: str) -> list[int]:
-    return replica.encode_chat(text) if params.source == "prompts" and params.chat else replica.encode(text)
+    return replica.encode_chat(text) if params.chat else replica.encode(text)
 
 
-def _additions(context: Context, params: Params) -> "list[Add]":
-    from jobs.engine.interventions import Add
-
-    if params.dose == 0:
-        return []
-    direction, multiplier = extract.load_direction(context, _extraction(params), params.layer, params.dose)
-    return [Add(layer=params.layer, vector=direction * multiplier)]
-
-
-def _wanted(replica: "Replica", params: Params, prompts: Sequence[Sequence[int]]) -> "Wanted":
+def _wanted(
+    replica: "Replica", params: Params, items: Sequence[_Item], prompts: Sequence[Sequence[int]]
+) -> "Wanted":
     from jobs.engine.capture import Wanted
     from jobs.engine.decoding import Decoding
     from jobs.engine.positions import every_token, from_end
 
-    offsets = params.offsets
+    positions = every_token(prompts) if params.offsets == "all" else from_end(prompts, params.offsets)
+    for named, item in zip(positions, items, strict=True):
+        named |= _spans(replica, params, item)
     return Wanted(
-        layers=range(replica.layers) if params.layers == "all" else params.layers,
-        sites=params.sites,
-        positions=every_token(prompts) if offsets == "all" else from_end(prompts, offsets),
+        layers=range(replica.layers) if params.capture_layers == "all" else params.capture_layers,
+        sites=params.capture_sites,
+        positions=positions,
         decoding=Decoding(max_new_tokens=params.max_new_tokens) if params.max_new_tokens else None,
         mean=params.mean,
     )
+
+
+def _spans(replica: "Replica", params: Params, item: _Item) -> dict[str, list[int]]:
+    from jobs.engine.positions import find_tokens
+
+    if not item.parts:
+        return {}
+    text = replica.chat_text([{"role": "user", "content": item.text}]) if params.chat else item.text
+    return {
+        name: find_tokens(replica, text, part, add_special_tokens=not params.chat)
+        for name, part in item.parts.items()
+    }
+
+
+def _flaw(found: "Captured", norms: "np.ndarray") -> str | None:
+    import numpy as np
+
+    from jobs.reading.completions import missed
+
+    if not (found.finite and np.isfinite(norms).all()):
+        return "states or logits are not finite; use a smaller dose, or a wider dtype"
+    return missed(found.fired, found.intended)
 
 
 def _write(context: Context, row: int, item: _Item, found: "Captured") -> "np.ndarray":
@@ -226,22 +273,28 @@ def _completion(replica: "Replica", item: _Item, found: "Captured") -> dict[str,
     }
 
 
+@dataclass(slots=True)
 class _Sums:
     """Number and norms of a row's states by split, until none of its prompts is left."""
 
-    def __init__(self, *, left: int) -> None:
-        self._left = left
-        self._norms: dict[str, tuple[int, float]] = {}
+    left: int
+    norms: dict[str, tuple[int, float]] = field(default_factory=dict)
+    flaw: str | None = None
 
-    def add(self, split: str, norms: "np.ndarray") -> bool:
-        """Count a prompt's states; says whether it was the last one."""
-        number, total = self._norms.get(split, (0, 0.0))
-        self._norms[split] = (number + norms.size, total + float(norms.sum()))
-        self._left -= 1
-        return self._left == 0
+    def add(self, split: str, norms: "np.ndarray", flaw: str | None) -> bool:
+        """Count a prompt's states and what is wrong with them; says whether it was the last one."""
+        number, total = self.norms.get(split, (0, 0.0))
+        self.norms[split] = (number + norms.size, total + float(norms.sum()))
+        self.flaw = self.flaw or flaw
+        self.left -= 1
+        return self.left == 0
 
-    def metrics(self) -> dict[str, dict[str, float]]:
-        return {
-            split: {"vectors": float(number), "norm": total / number if number else math.nan}
-            for split, (number, total) in self._norms.items()
-        }
+    def outcome(self) -> Outcome:
+        if self.flaw is not None:
+            return Outcome(status=Status.FAILED, reason=self.flaw)
+        return Outcome(
+            metrics={
+                split: {"vectors": float(number), "norm": total / number if number else math.nan}
+                for split, (number, total) in self.norms.items()
+            }
+        )

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _PAIRS = 160
 """How many pairs a dataset is taken to have before it has been read."""
+_DIAGNOSTICS = Size(76, 800)
+"""Both signs at 30 layers, and 8 prompts that are completed and read again."""
 
 METRICS = {
     "separability": Metric(
@@ -44,11 +46,12 @@ LAYERS: tuple[str, ...] = ()
 
 
 def size(params: Params) -> Size:
-    """Two sequences a pair of each dataset; claims are about 80 tokens, texts about 20."""
+    """Two sequences a pair of each dataset, claims of about 80 tokens, texts of about 20; the diagnostics."""
     own, others = _text_datasets(params)
     sequences = 2 * (params.count or _PAIRS) * own
     tokens = sequences * (80 if params.source == "claims" else 20)
-    return Size(sequences + 2 * _PAIRS * others, tokens + 2 * _PAIRS * others * 20)
+    more = 2 * _PAIRS * others
+    return Size(sequences + more + _DIAGNOSTICS.sequences, tokens + 20 * more + _DIAGNOSTICS.tokens)
 
 
 def _text_datasets(params: Params) -> tuple[int, int]:

@@ -25,7 +25,6 @@ from jobs.steering import (
     extraction_of,
     interventions,
     vector_rows,
-    without_steering,
 )
 
 if TYPE_CHECKING:
@@ -132,9 +131,7 @@ def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer; greedy completions are all the same."""
     if params.temperature == 0:
         params = replace(params, temperature=0.0, top_p=1.0, samples=1)
-    if params.is_unsteered:
-        return without_steering(params, shared=PACK_BY)
-    return canonical_steering(params)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _extraction(params: Params) -> extract.Params:

@@ -116,9 +116,7 @@ def _questions(params: Params) -> list[ClaimQuestion]:
 
 def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer and in every direction."""
-    if params.is_unsteered:
-        return without_steering(params, shared=PACK_BY)
-    return canonical_steering(params)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _extraction(params: Params) -> extract.Params:

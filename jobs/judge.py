@@ -14,7 +14,7 @@ from jobs.data.prompts import Conversation, load_conversations
 from jobs.errors import SpecError
 from jobs.scoring.judge import Comparison, Contest, Judge, compare
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.steering import canonical_steering, extraction_of, interventions, vector_rows, without_steering
+from jobs.steering import canonical_steering, extraction_of, interventions, vector_rows
 
 if TYPE_CHECKING:
     from jobs.engine.interventions import AnyIntervention
@@ -106,9 +106,7 @@ def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer; greedy completions are all the same."""
     if params.temperature == 0:
         params = replace(params, temperature=0.0, top_p=1.0, samples=1)
-    if params.is_unsteered:
-        return without_steering(params, shared=PACK_BY)
-    return canonical_steering(params)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _judge(params: Params) -> Judge:

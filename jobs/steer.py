@@ -119,9 +119,7 @@ def _read_prompts(params: Params) -> tuple[list[Choice], list[OpenPrompt]]:
 
 def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer and in every direction."""
-    if params.is_unsteered:
-        return without_steering(params, shared=PACK_BY)
-    return canonical_steering(params)
+    return canonical_steering(params, shared=PACK_BY)
 
 
 def _extraction(params: Params) -> extract.Params:

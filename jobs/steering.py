@@ -58,8 +58,8 @@ class Steering:
     without: tuple[str, ...] = ()
     without_words: tuple[str, ...] = ()
 
-    def check_steering(self) -> None:
-        """Raises ValueError if a value cannot be meant."""
+    def check_steering(self, *, needs_strength: bool = True) -> None:
+        """Raises ValueError if a value cannot be meant; without a strength, nothing is added."""
         places = (self.layer, *self.layers)
         if min(places) < 0:
             raise ValueError(f"layer={min(places)}; layers are counted from 0")
@@ -67,7 +67,8 @@ class Steering:
             raise ValueError(f"layer={self.layer}, layers={self.layers}; give each layer once")
         extraction_of(self)
         given = [value for value in (self.dose, self.multiplier) if value is not None]
-        if len(given) != 1 and self.operation != "project_out":
+        fitting = (1,) if needs_strength or self.operation != "add" else (0, 1)
+        if len(given) not in fitting and self.operation != "project_out":
             raise ValueError(f"dose={self.dose}, multiplier={self.multiplier}; give one of them")
         if not all(map(math.isfinite, given)):
             raise ValueError(f"dose={self.dose}, multiplier={self.multiplier}; it takes a finite number")
@@ -127,8 +128,15 @@ def without_steering(params: Some, *, shared: Sequence[str]) -> Some:
     return replace(blank, **{name: getattr(params, name) for name in shared})
 
 
-def canonical_steering(params: Some) -> Some:
-    """Parameters that mean the same steering as `params`, equal for equal steering."""
+def canonical_steering(params: Some, *, shared: Sequence[str]) -> Some:
+    """Parameters that mean the same steering as `params`, equal for equal steering.
+
+    Args:
+        params: Any configuration.
+        shared: Names of the fields that matter to the unsteered model.
+    """
+    if params.is_unsteered:
+        return without_steering(params, shared=shared)
     same = extraction_of(params)
     params = replace(
         params,

@@ -29,7 +29,7 @@ class RunConfig(BaseModel):
         gpus_per_worker: GPUs of a worker; 0 runs on the CPU, more than 1 spread one model over several.
         token_budget: Most tokens of one forward pass.
         memory_gib: For keys, values and activations that a worker keeps, GiB; None takes 0.4 of what is free
-            on its GPUs once the weights are there, and 2 GiB on a CPU.
+            on its GPUs once the weights are there, and on a CPU 4 GiB, or a sixth of the machine's if less.
         max_pack: Most trials of one pack.
         max_attempts: Tries at a pack whose worker dies; the last one is alone.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.

@@ -67,8 +67,9 @@ class Directions(NamedTuple):
 def stored_directions(sweep: StoredSweep) -> Directions:
     """The first stored extractions that have diagnostics; an artifact that is gone is named and left out."""
     rows = sweep.rows(
-        "SELECT spec, any_value(hash) AS hash, any_value(path) AS path, any_value(bytes) AS bytes "
-        f"FROM artifacts WHERE job = '{_JOB}' GROUP BY spec ORDER BY spec"
+        "SELECT spec, any_value(artifacts.hash) AS hash, any_value(artifacts.path) AS path, "
+        "any_value(artifacts.bytes) AS bytes FROM artifacts LEFT JOIN attempts USING (spec) "
+        f"WHERE artifacts.job = '{_JOB}' GROUP BY spec ORDER BY min(attempts.started), spec"
     )
     shown: list[Extraction] = []
     unreadable: list[str] = []

@@ -13,19 +13,18 @@ import numpy as np
 
 from orchestrator import figures
 from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
+from orchestrator.comparisons import compare_replies
 from orchestrator.direction_section import stored_directions
 from orchestrator.figures import Plot
+from orchestrator.findings import Findings, Record, axes, others, read_findings
 from orchestrator.page import page_template
 from storage.durable import publish
-from storage.pareto import pareto, scored_trials
 from storage.query import StoredSweep, open_sweep
 
-SHOWN_OF_FRONT = 6
 _CSS_PIXELS_AN_INCH = 96
 UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
 """Units of the parameters that mean the same in every job."""
 
-Record = dict[str, Any]
 Paint = Callable[[Theme], Figure]
 
 
@@ -39,40 +38,6 @@ class Image(NamedTuple):
     height: int
 
 
-class Comparison(NamedTuple):
-    """A trial's replies beside the unsteered ones.
-
-    Attributes:
-        trial: The trial with its metrics.
-        why: Why it is shown.
-        replies: Pairs of rows of the table `completions`: steered, and unsteered where there is one.
-    """
-
-    trial: Record
-    why: str
-    replies: list[tuple[Record, Record | None]]
-
-
-class Findings(NamedTuple):
-    """What the page is made from.
-
-    Attributes:
-        identity: What `sweep.json` says.
-        trials: Rows of the table `trials`, by number.
-        scored: Completed trials with their metrics, by number; a shared result stands at each of its trials.
-        front: Those of the Pareto front, one for each result, best first objective first.
-        measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
-        unsteered: Split -> metric -> value of the unsteered model.
-    """
-
-    identity: Mapping[str, Any]
-    trials: dict[int, Record]
-    scored: dict[int, Record]
-    front: list[Record]
-    measures: dict[str, Measure]
-    unsteered: dict[str, dict[str, float]]
-
-
 def write_report(folder: Path) -> Path:
     """Write `report/index.html` and its PNG files into a sweep's folder, whatever state it is in.
 
@@ -84,7 +49,7 @@ def write_report(folder: Path) -> Path:
         OSError: If the disk refuses.
     """
     sweep = open_sweep(folder)
-    found = _read(sweep)
+    found = read_findings(sweep)
     target = folder / "report"
     directions = stored_directions(sweep)
     painted = _figures(found)
@@ -95,9 +60,9 @@ def write_report(folder: Path) -> Path:
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
         images=drawn,
-        axes=_axes(found),
-        others=_others(found),
-        comparisons=_comparisons(sweep, found),
+        axes=axes(found),
+        others=others(found),
+        comparisons=compare_replies(sweep, found),
         directions=directions,
         items=_sizes(sweep, "items"),
         replies=_sizes(sweep, "completions"),
@@ -108,63 +73,9 @@ def write_report(folder: Path) -> Path:
     return target / "index.html"
 
 
-def _read(sweep: StoredSweep) -> Findings:
-    trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
-    results = {row["trial"]: row for row in scored_trials(sweep)}
-    scored = {}
-    for number, row in trials.items():
-        if found := results.get(row["reused_from"] if row["reused_from"] is not None else number):
-            own = {name: row[name] for name in found["params"]}
-            scored[number] = {**found, "trial": number, "params": own}
-    # A running sweep may have gone on since the trials were read.
-    front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
-    unsteered: dict[str, dict[str, float]] = {}
-    for row in sweep.rows(
-        f"SELECT split, name, min(value) AS value FROM metrics WHERE spec IN ({_unsteered_specs(sweep)}) "
-        # Several unsteered readings (of different prompts, say) have no common value.
-        "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
-    ):
-        unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
-    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered)
-
-
-def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:
-    directions = {objective["metric"]: objective["direction"] for objective in identity["objectives"]}
-    metrics = identity["metrics"]
-    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
-    names = dict.fromkeys([*directions, *(name for name in metrics if name not in ends)])
-    return {name: Measure(name, metrics[name]["unit"], directions.get(name, "")) for name in names}
-
-
 def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "select") -> np.ndarray:
     """A metric or (with the split `params`) a parameter of every row, float64, NaN where undefined."""
     return np.array([row[split].get(name) for row in rows], dtype=float)
-
-
-def _distinct(found: Findings) -> dict[str, set[Any]]:
-    """Parameter -> values that completed trials have."""
-    params = [row["params"] for row in found.scored.values()]
-    return {name: {row[name] for row in params} - {None} for name in found.identity["parameters"]}
-
-
-def _others(found: Findings) -> list[str]:
-    """Parameters that vary and are no axis of the figures, which show means over them."""
-    return [name for name, values in _distinct(found).items() if len(values) > 1 and name not in _axes(found)]
-
-
-def _axes(found: Findings) -> tuple[str | None, str | None]:
-    """Parameters of the figures: the one along the x axis and the one that tells lines and rows apart."""
-    distinct = _distinct(found)
-    numeric = {name: values for name, values in distinct.items() if values and all(map(_is_number, values))}
-    if {"layer", "dose"} <= numeric.keys():
-        return "dose", "layer"
-    counts = {name: len(values) for name, values in numeric.items() if len(values) > 1}
-    first, second = [*sorted(counts, key=lambda name: -counts[name]), None, None][:2]
-    return first, second
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
@@ -176,7 +87,7 @@ def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
     rows = [row for row in scored if found.trials[row["trial"]]["reused_from"] is None]
     if rows := [row for row in rows if not np.isnan([_column([row], m.name) for m in objectives]).any()]:
         drawn["pareto"] = _pareto(found, rows, objectives)
-    x, y = _axes(found)
+    x, y = axes(found)
     needed = [name for name in (x, y) if name]
     rows = [row for row in scored if all(row["params"][name] is not None for name in needed)]
     rows = [row for row in rows if row["select"].get(objectives[0].name) is not None]
@@ -230,7 +141,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
     measures = (_parameter(x), _parameter(y) if y else None)
     # A line through values that a sampler drew, or through a mixture of other parameters, would mislead.
     is_grid = lines is None or 2 * len(np.unique(across)) <= len(across)
-    is_joined = is_grid and not _others(found)
+    is_joined = is_grid and not others(found)
     return alt, lambda theme: figures.curves_figure(
         across, lines, panels, measures, theme, is_joined=is_joined
     )
@@ -251,59 +162,6 @@ def _draw(path: Path, alt: str, paint: Paint) -> Image:
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _comparisons(sweep: StoredSweep, found: Findings) -> list[Comparison]:
-    """Trials along the front and the strongest doses of the best layer, with their replies."""
-    chosen = _worth_reading(found)
-    replies = _replies(sweep, list(chosen))
-    unsteered = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({_unsteered_specs(sweep)})")
-    before = {(row["split"], row["prompt"]): row for row in unsteered}
-    comparisons = [
-        Comparison(
-            found.scored[trial],
-            why,
-            [(row, before.get((row["split"], row["prompt"]))) for row in replies if row["trial"] == trial],
-        )
-        for trial, why in chosen.items()
-    ]
-    return [comparison for comparison in comparisons if comparison.replies]
-
-
-def _unsteered_specs(sweep: StoredSweep) -> str:
-    """SQL for the unsteered model's specs: the job's own prerequisites, else the trials at a dose of 0."""
-    specs = f"SELECT spec FROM attempts WHERE trial IS NULL AND job = '{sweep.identity['job']}'"
-    if "dose" not in sweep.identity["parameters"]:
-        return specs
-    return f"{specs} UNION SELECT spec FROM trials WHERE dose = 0 AND NOT EXISTS ({specs})"
-
-
-def _replies(sweep: StoredSweep, trials: Sequence[int]) -> list[Record]:
-    listed = ", ".join(map(str, trials)) or "NULL"
-    return sweep.rows(f"SELECT * FROM completions WHERE trial IN ({listed}) ORDER BY trial, split DESC, item")
-
-
-def _worth_reading(found: Findings) -> dict[int, str]:
-    """Trial -> why its replies are shown; a dose of 0 says nothing new."""
-    moved = [row for row in found.front if row["params"].get("dose") != 0]
-    places = np.linspace(0, len(moved) - 1, min(SHOWN_OF_FRONT, len(moved))).round().astype(int)
-    chosen = {moved[place]["trial"]: "on the front" for place in places}
-    steered = moved or [row for row in found.scored.values() if row["params"].get("dose") != 0]
-    if not steered:
-        return chosen
-    # Front rows stand best first, and Counter keeps that order among equals.
-    [(layer, _)] = Counter(row["params"].get("layer") for row in steered).most_common(1)
-    where = "" if layer is None else f" at layer {layer}"
-    where += ", which has most trials on the front" if where and moved else ""
-    there = [row for row in found.scored.values() if row["params"].get("layer") == layer]
-    doses = [(row["params"].get("dose"), row["trial"]) for row in there]
-    doses = [(dose, trial) for dose, trial in doses if _is_number(dose)]
-    strongest = {"positive": max(doses, default=(0, 0)), "negative": min(doses, default=(0, 0))}
-    for sign, (dose, trial) in strongest.items():
-        if dose and (dose > 0) == (sign == "positive"):
-            told = f"{chosen[trial]}; " if trial in chosen else ""
-            chosen[trial] = f"{told}strongest {sign} dose{where}"
-    return chosen
 
 
 def _sizes(sweep: StoredSweep, table: str) -> dict[str, int]:

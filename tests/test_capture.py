@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from jobs.engine.capture import GENERATED, Captured, Point, Wanted, capture
 from jobs.engine.decoding import Decoding, Work, generate
-from jobs.engine.interventions import SITES, Add, Intervention
+from jobs.engine.interventions import SITES, Add, Intervention, Replace
 from jobs.engine.positions import every_token, find_tokens, from_end
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling
 from jobs.engine.sites import Place
-from jobs.engine.tables import row_tables
+from jobs.engine.tables import Steering, row_tables
 from jobs.errors import ModelError, OutOfMemory, SpecError
 from jobs.resolve import load_job, make_params
 from jobs.spec import Context, Outcome, Requirement, Status
@@ -505,7 +505,7 @@ class TestJob:
 
     def test_both_texts_of_a_pair_are_read_raw_and_labelled(self, data: dict[str, str]) -> None:
         context, [outcome] = self.run(
-            {"source": "pairs", "data": data["pairs"], "count": 2, "layers": [1], "offsets": "all"}
+            {"source": "pairs", "data": data["pairs"], "count": 2, "capture_layers": [1], "offsets": "all"}
         )
         rows = rows_written(context, "activations")
         texts = {
@@ -526,7 +526,13 @@ class TestJob:
     def test_steered_rows_of_a_pack_each_have_their_own_states_and_completions(
         self, data: dict[str, str]
     ) -> None:
-        common = {**data, "layers": [0, 2], "sites": ["after", "mlp"], "offsets": [], "max_new_tokens": 3}
+        common = {
+            **data,
+            "capture_layers": [0, 2],
+            "capture_sites": ["after", "mlp"],
+            "offsets": [],
+            "max_new_tokens": 3,
+        }
         steered = {**common, "layer": 1, "dose": 4.0}
         context, outcomes = self.run(common, steered)
         extraction = Requirement(
@@ -558,7 +564,7 @@ class TestJob:
         assert [outcome.metrics["select"]["vectors"] for outcome in outcomes] == [2 * 3 * 4] * 2
 
     def test_a_mean_is_one_vector_a_prompt(self, data: dict[str, str]) -> None:
-        context, _ = self.run({**data, "layers": [3], "offsets": "all", "mean": True, "chat": False})
+        context, _ = self.run({**data, "capture_layers": [3], "offsets": "all", "mean": True, "chat": False})
         rows = rows_written(context, "activations")
         assert [(row["name"], row["position"]) for row in rows] == [("all", None)] * 3
         for row in rows:
@@ -566,28 +572,109 @@ class TestJob:
             expected = alone(context.replica, ids)[0][Place(3, "after")].mean(dim=0)
             assert_close(torch.tensor(row["vector"]), expected)
 
+    @pytest.mark.parametrize("chat", [True, False])
+    def test_a_span_is_captured_under_the_name_of_its_column(self, tmp_path: Path, chat: bool) -> None:
+        path = tmp_path / "named.jsonl"
+        rows = [("Is the sky blue?", "sky"), ("Why do cats purr?", "cats purr")]
+        path.write_text(
+            "".join(
+                json.dumps({"split": "select", "prompt": prompt, "subject": subject}) + "\n"
+                for prompt, subject in rows
+            )
+        )
+        values = {"data": str(path), "capture_layers": [2], "offsets": [], "spans": ["subject"], "chat": chat}
+        load_job("jobs.capture").check(params_of(values))
+        context, _ = self.run(values)
+        found = rows_written(context, "activations")
+        for item, (prompt, subject) in enumerate(rows):
+            own = [row for row in found if row["item"] == item]
+            ids = context.replica.encode_chat(prompt) if chat else context.replica.encode(prompt)
+            positions = [row["position"] for row in own]
+            assert positions == list(range(positions[0], positions[-1] + 1))
+            said = context.replica.tokenizer.decode([ids[at] for at in positions])
+            assert subject in said
+            assert len(said.strip()) == len(subject)
+            assert {row["name"] for row in own} == {"subject"}
+            expected = alone(context.replica, ids)[0][Place(2, "after")][positions]
+            assert_close(torch.tensor(np.stack([row["vector"] for row in own])), expected)
+
+    def test_a_span_that_does_not_stand_once_in_its_prompt_is_refused_before_anything_runs(
+        self, data: dict[str, str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "twice.jsonl"
+        path.write_text('{"split": "select", "prompt": "Row, row your boat.", "subject": "ow"}\n')
+        check = load_job("jobs.capture").check
+        with pytest.raises(SpecError, match=r"row 0 from 0: 'subject' is 'ow', which has to stand once"):
+            check(params_of({"data": str(path), "spans": ["subject"]}))
+        with pytest.raises(SpecError, match="'subject' is absent"):
+            check(params_of({**data, "spans": ["subject"]}))
+        with pytest.raises(SpecError, match="name no parts"):
+            check(params_of({"source": "pairs", "data": data["pairs"], "spans": ["subject"]}))
+
+    def test_states_under_any_steering_are_those_of_the_engine(self, data: dict[str, str]) -> None:
+        steering = {"layer": 1, "layers": [2], "multiplier": 3.0, "operation": "replace", "tokens": "last"}
+        context, _ = self.run({**data, "capture_layers": [3], **steering})
+        extraction = make_params("jobs.extract", {"pairs": data["pairs"]})
+        directions = context.artifact(Requirement(job="jobs.extract", params=extraction))["directions"]
+        rows = [[Replace(layer=layer, tokens=(-1,), vector=3.0 * directions[layer]) for layer in (1, 2)]]
+        prompts = [context.replica.encode_chat(text) for text in ("Hello.", "Why is it so?", "Tell me.")]
+        wanted = Wanted(layers=[3], positions=from_end(prompts, [1]))
+        for item, found in enumerate(captured(context.replica, wanted, rows, prompts=prompts)):
+            [row] = [row for row in rows_written(context, "activations") if row["item"] == item]
+            assert_close(torch.tensor(row["vector"])[None], found.states[Place(3, "after")])
+
+    @pytest.mark.parametrize("offsets", [[1], []])
+    def test_a_row_whose_states_are_not_finite_fails_alone(
+        self, data: dict[str, str], offsets: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        common = {**data, "capture_layers": [3], "offsets": offsets, "max_new_tokens": 2}
+        largest = np.full(HIDDEN, np.finfo(np.float64).max)
+
+        def overflowing(context: Any, params: Any, extraction: Any) -> list[Add]:
+            return [] if params.is_unsteered else [Add(layer=1, vector=largest)] * 2
+
+        monkeypatch.setattr("jobs.capture.interventions", overflowing)
+        _, outcomes = self.run(common, {**common, "layer": 1, "dose": 1.0})
+        assert [outcome.status for outcome in outcomes] == [Status.COMPLETED, Status.FAILED]
+        assert "not finite" in str(outcomes[1].reason)
+
+    def test_a_row_whose_steering_did_not_act_fails(
+        self, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Silent(Steering):
+            def counts(self) -> list[dict[Place, int]]:
+                return [{} for _ in super().counts()]
+
+        monkeypatch.setattr("jobs.engine.capture.Steering", Silent)
+        _, [outcome] = self.run({**data, "layer": 1, "dose": 1.0})
+        assert outcome.status is Status.FAILED
+        assert "did not act as it was to: at layer 1" in str(outcome.reason)
+
     def test_what_was_written_waits_nowhere(self, data: dict[str, str]) -> None:
         context = Artifacts(tiny_replica("llama"))
         context.replica.token_budget = 1
         reads: list[int] = []
         context.replica.blocks[0].register_forward_pre_hook(lambda *_: reads.append(len(context.written)))
-        context.run("jobs.capture", [params_of({**data, "layers": [0]})])
+        context.run("jobs.capture", [params_of({**data, "capture_layers": [0]})])
         assert reads == [0, 2, 4]
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"layers": []}, "capture nothing"),
-            ({"sites": []}, "capture nothing"),
+            ({"capture_layers": []}, "capture nothing"),
+            ({"capture_sites": []}, "capture nothing"),
             ({"offsets": []}, "capture nothing"),
-            ({"layers": [1, 1]}, r"layers=\(1, 1\); each once"),
-            ({"layers": [-1]}, "layers are counted from 0"),
-            ({"layers": "some"}, "layers='some' is a str"),
-            ({"layers": [1.5]}, r"layers=\[1.5\] is a list"),
-            ({"sites": ["norm"]}, r"sites=\['norm'\] is a list; it takes .*'attention'"),
+            ({"capture_layers": [1, 1]}, r"capture_layers=\(1, 1\); each once"),
+            ({"capture_layers": [-1]}, "layers are counted from 0"),
+            ({"capture_layers": "some"}, "capture_layers='some' is a str"),
+            ({"capture_layers": [1.5]}, r"capture_layers=\[1.5\] is a list"),
+            ({"capture_sites": ["norm"]}, r"capture_sites=\['norm'\] is a list; it takes .*'attention'"),
             ({"offsets": [0]}, "counted from the end"),
             ({"max_new_tokens": -1}, "max_new_tokens=-1; it takes 0 or more"),
             ({"dose": math.nan}, "finite"),
+            ({"dose": 1.0, "multiplier": 1.0}, "give one of them"),
+            ({"operation": "clamp"}, "give one of them"),
+            ({"spans": ["prompt"]}, "have another meaning"),
         ],
     )
     def test_parameters_that_cannot_be_are_refused(self, change: Mapping[str, Any], message: str) -> None:
@@ -615,7 +702,7 @@ class TestJob:
         assert params_of({"source": "pairs", "chat": True}) == params_of({"source": "pairs", "chat": False})
         assert params_of({"layer": 3, "dose": 1.0}) != params_of({"layer": 2, "dose": 1.0})
         with pytest.raises(SpecError, match=rf"layers \[9\] do not exist; the model has 0 to {LAYERS - 1}"):
-            self.run({**data, "layers": [9]})
+            self.run({**data, "capture_layers": [9]})
 
 
 def order(values: Sequence[Mapping[str, Any]]) -> Order:
@@ -739,7 +826,7 @@ class TestStored:
             {"dose": Grid([0.0, 2.0]), "layer": Grid([1, 2])},
             job="jobs.capture",
             objectives=[Objective(metric="norm", direction="maximize")],
-            fixed={**data, "layers": [0, 3], "offsets": [1, 2]},
+            fixed={**data, "capture_layers": [0, 3], "offsets": [1, 2]},
         )
         pool = InlinePool(folder, workers=2, load=lambda *_, **__: tiny_replica("llama"))
         drive(folder, space, trials=4, pool=pool)

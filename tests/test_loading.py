@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -133,8 +134,12 @@ class TestDevices:
         assert {parameter.device.type for parameter in replica.model.parameters()} == {"cuda"}
         assert 0 < replica.memory < torch.cuda.mem_get_info()[1]
 
-    def test_memory_is_what_is_asked_for_or_two_gibibytes_on_a_cpu(self, saved: str) -> None:
-        assert load_replica(ModelRef(id=saved)).memory == 2 * 2**30
+    def test_memory_is_what_is_asked_for_or_a_share_of_the_machines(
+        self, saved: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for installed, expected in ((24 * 2**30, 4 * 2**30), (12 * 2**30, 2 * 2**30)):
+            monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": installed // 4096}.get)
+            assert load_replica(ModelRef(id=saved)).memory == expected
         assert load_replica(ModelRef(id=saved), memory=12345).memory == 12345
 
     def test_of_several_gpus_the_fullest_decides_how_much_is_kept(

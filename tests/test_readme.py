@@ -64,3 +64,12 @@ def test_the_spaces_in_the_readme_run_as_they_stand(tmp_path: Path) -> None:
         path = tmp_path / "space.py"
         path.write_text(block)
         check_space(load_space(path).space, make_config().model_ref)
+
+
+def test_the_examples_of_the_engine_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "engine.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(examples) == 3
+    exec("\n".join(examples), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 8 + 2

@@ -84,10 +84,10 @@ def test_only_an_addition_of_nothing_is_unsteered(context: Artifacts) -> None:
 
 
 def test_equal_steering_has_one_form() -> None:
-    assert canonical_steering(params(dose=0.1, component=3)) == params(dose=0.1)
-    assert canonical_steering(params(dose=0.1, component=3, direction="pca")).component == 3
+    assert canonical_steering(params(dose=0.1, component=3), shared=()) == params(dose=0.1)
+    assert canonical_steering(params(dose=0.1, component=3, direction="pca"), shared=()).component == 3
     strengths: list[dict[str, float]] = [{"dose": 1.0}, {"multiplier": 5.0}, {}]
-    forms = {canonical_steering(params(operation="project_out", **each)) for each in strengths}
+    forms = {canonical_steering(params(operation="project_out", **each), shared=()) for each in strengths}
     assert len(forms) == 1
     shared = ("max_new_tokens",)
     unsteered = {
@@ -115,7 +115,7 @@ def test_options_of_the_extraction_pass_through_and_equal_ones_are_equal() -> No
         without=("tone_pairs",),
         without_words=(" good",),
     )
-    assert canonical_steering(wanted) == params(
+    assert canonical_steering(wanted, shared=()) == params(
         dose=0.1,
         combine=("formality_pairs",),
         combine_weights=(1.0,),

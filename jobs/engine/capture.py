@@ -17,7 +17,7 @@ from jobs.engine.interventions import SITES, Site
 from jobs.engine.memory import in_batches, micro_batches, within_memory
 from jobs.engine.replica import Replica
 from jobs.engine.sites import Place, picked
-from jobs.engine.tables import RowTables, Steering, steered
+from jobs.engine.tables import Counts, RowTables, Steering, steered
 from jobs.errors import SpecError
 
 GENERATED = "generated"
@@ -68,11 +68,18 @@ class Captured(NamedTuple):
         points: What each of the K states of a place belongs to.
         states: Place -> states of shape (K, D), float32 or wider, on the CPU.
         completion: New tokens, up to and without the first stop token.
+        finite: Whether all logits of the completion were; it ends before the first that were not.
+        fired: Place -> at how many tokens the pass that captured was changed there.
+        intended: Place -> at how many it was to be changed; equal to `fired` unless a model runs its blocks
+            in a way that hooks do not see.
     """
 
     points: list[Point]
     states: Mapping[Place, Tensor]
     completion: list[int]
+    finite: bool
+    fired: Counts
+    intended: Counts
 
 
 class _Size(NamedTuple):
@@ -91,6 +98,7 @@ class _Text(NamedTuple):
         row: Row of the tables.
         positions: Name -> positions whose states are wanted, from 0.
         completion: Token ids of the whole completion.
+        finite: Whether all logits of the completion were.
     """
 
     tokens: list[int]
@@ -98,10 +106,10 @@ class _Text(NamedTuple):
     row: int
     positions: Mapping[str, Sequence[int]]
     completion: list[int]
+    finite: bool
 
     def size(self, *, mean: bool) -> _Size:
-        states = len(self.positions) if mean else sum(map(len, self.positions.values()))
-        return _Size(len(self.tokens), states)
+        return _Size(len(self.tokens), len(self.points(mean=mean)))
 
     def points(self, *, mean: bool) -> list[Point]:
         if mean:
@@ -183,15 +191,15 @@ def _capture(
     wanted: Wanted,
     places: Sequence[Place],
 ) -> Iterator[tuple[int, Captured]]:
-    completions: dict[int, list[int]] = {}
+    completions: dict[int, tuple[list[int], bool]] = {}
     if wanted.decoding is not None:
         found = generate(replica, prompts, tables, work, wanted.decoding)
-        completions = {index: continuation.tokens for index, continuation in found}
+        completions = {index: (each.tokens, each.finite) for index, each in found}
 
     def text(index: int) -> _Text:
         prompt, row, _ = work[index]
         named = wanted.positions[prompt] if wanted.positions else {}
-        return _text(prompts[prompt], row, named, completions.get(index, []))
+        return _text(prompts[prompt], row, named, *completions.get(index, ([], True)))
 
     # A batch hands over at most as many bytes as the replica may keep.
     sizes = [text(index).size(mean=wanted.mean) for index in range(len(work))]
@@ -209,12 +217,12 @@ def _capture(
 
 
 def _text(
-    prompt: Sequence[int], row: int, named: Mapping[str, Sequence[int]], completion: list[int]
+    prompt: Sequence[int], row: int, named: Mapping[str, Sequence[int]], completion: list[int], finite: bool
 ) -> _Text:
     positions = {name: [at % len(prompt) for at in each] for name, each in named.items()}
     if completion:
         positions[GENERATED] = [len(prompt) - 1 + step for step in range(len(completion))]
-    return _Text([*prompt, *completion[:-1]], len(prompt), row, positions, completion)
+    return _Text([*prompt, *completion[:-1]], len(prompt), row, positions, completion, finite)
 
 
 def _read(
@@ -241,8 +249,15 @@ def _read(
     points = [text.points(mean=mean) for text in texts]
     parts = {place: _widened(found[place].cpu()).split([*map(len, points)]) for place in places}
     return [
-        Captured(points[number], {place: part[number] for place, part in parts.items()}, text.completion)
-        for number, text in enumerate(texts)
+        Captured(
+            points[number],
+            {place: part[number] for place, part in parts.items()},
+            text.completion,
+            text.finite,
+            {place: count for place, count in fired.items() if count},
+            tables.intended(text.row, text.prompt_tokens, len(text.tokens)),
+        )
+        for number, (text, fired) in enumerate(zip(texts, steering.counts(), strict=True))
     ]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from jobs.engine.cache import KeyValues
 from jobs.engine.groups import check_work, groups, once
+from jobs.engine.lanes import side_by_side
 from jobs.engine.lockstep import in_order, skipped
-from jobs.engine.memory import share, within_memory
+from jobs.engine.memory import share
 from jobs.engine.prefill import Prefill
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling, choose
@@ -51,7 +52,7 @@ class Decoding:
         max_new_tokens: Most tokens of a completion, at least 1.
         sampling: How tokens are chosen.
         stops: Whether a stop token ends a completion; without it every one gets all its tokens.
-        slots: Most sequences of the batch; None takes 160 on a CPU and 512 on a GPU.
+        slots: Most sequences of the batch, of each lane's on a CPU; None takes 160 there and 512 on a GPU.
         first_logits: Whether the logits of the first new token are handed over.
     """
 
@@ -111,13 +112,14 @@ def generate(
     pairs = [(each.prompt, each.row) for each in work]
     check_work(replica, prompts, tables, pairs, new_tokens=decoding.max_new_tokens)
 
-    def run(left: list[int]) -> Iterator[tuple[int, Continuation]]:
-        for index, found in _generate(replica, prompts, tables, [work[index] for index in left], decoding):
+    def run(lane: Replica, left: list[int]) -> Iterator[tuple[int, Continuation]]:
+        for index, found in _generate(lane, prompts, tables, [work[index] for index in left], decoding):
             yield left[index], found
 
     draws = decoding.sampling.temperature > 0
     keys = [(each.prompt, tables.same[each.row], each.seed if draws else 0) for each in work]
-    return once(keys, lambda firsts: within_memory(replica, firsts, run))
+    of_work = [each.prompt for each in work]
+    return once(keys, lambda firsts: side_by_side(replica, of_work, firsts, run))
 
 
 @torch.inference_mode()

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from jobs.engine.memory import Found, pass_tokens, share, within_memory
+from jobs.engine.lanes import side_by_side
+from jobs.engine.memory import Found, pass_tokens, share
 from jobs.engine.prefixes import Family, families
 from jobs.engine.replica import MOST_KEPT, Replica
 from jobs.engine.sharing import Prompts, Unsteered
@@ -46,14 +47,15 @@ def next_token(
     """
     check_work(replica, prompts, tables, work)
 
-    def run(left: list[int]) -> Iterator[tuple[int, Tensor]]:
-        for group in groups(replica, prompts, tables, [work[index] for index in left], most=len(left)):
+    def run(lane: Replica, left: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for group in groups(lane, prompts, tables, [work[index] for index in left], most=len(left)):
             logits_SV = group.prompts.logits(group.work)
             for member, logits_V in zip(group.members, logits_SV, strict=True):
                 yield left[member], logits_V
 
     keys = [(prompt, tables.same[row]) for prompt, row in work]
-    return once(keys, lambda firsts: within_memory(replica, firsts, run))
+    of_work = [prompt for prompt, _ in work]
+    return once(keys, lambda firsts: side_by_side(replica, of_work, firsts, run))
 
 
 def once(

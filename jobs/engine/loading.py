@@ -5,6 +5,7 @@ Knows no job, no storage, no Ray.
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ _FLOATS = {
     "float16": torch.float16,
 }
 _QUANTISED = ("int8", "int4")
-_MEMORY_WITHOUT_GPU = 2 * 2**30
+_MEMORY_WITHOUT_GPU = 4 * 2**30
+_SHARE_OF_ALL_MEMORY = 1 / 6
 _SHARE_OF_FREE_MEMORY = 0.4
 
 
@@ -49,7 +51,7 @@ def load_replica(
             this process sees, or lie on the CPU if it sees none.
         token_budget: Most tokens of one forward pass.
         memory: Bytes for keys, values and activations that are kept. None takes 0.4 of what is free on the
-            GPUs once the weights are there, and 2 GiB on a CPU.
+            GPUs once the weights are there, and on a CPU 4 GiB, or a sixth of the machine's if that is less.
 
     Raises:
         ModelError: If the model is unknown, cannot be read, is no decoder-only language model, does not fit,
@@ -192,7 +194,9 @@ def _free_memory(model: nn.Module) -> int:
     """Bytes for what is kept; of several GPUs the fullest decides, since each keeps what its blocks need."""
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if not gpus:
-        return _MEMORY_WITHOUT_GPU
+        # Not of what is free: how many rows run together has to be the same every time.
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(_MEMORY_WITHOUT_GPU, int(_SHARE_OF_ALL_MEMORY * installed))
     torch.cuda.empty_cache()
     free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(_SHARE_OF_FREE_MEMORY * free * len(gpus))

@@ -10,9 +10,10 @@ from jobs.errors import OutOfMemory
 
 Found = TypeVar("Found")
 Use = Literal["batch", "unsteered", "kept", "beginnings", "pass"]
-_SIXTEENTHS: dict[Use, int] = {"batch": 6, "kept": 4, "unsteered": 2, "beginnings": 2, "pass": 2}
+_SIXTEENTHS: dict[Use, int] = {"batch": 6, "kept": 2, "unsteered": 2, "beginnings": 2, "pass": 2}
 """What a replica's memory is for: the sequences that are being completed, unsteered prompts that are kept for
-the next call, those of this call, the common beginnings of configurations, and the pass that is running."""
+the next call, those of this call, the common beginnings of configurations, and the pass that is running. The
+two that are left are for what its lanes keep."""
 _WORKING_STATES = 16
 """A block works with so many hidden states of a token at a time: attention, the wide part, float32 copies."""
 

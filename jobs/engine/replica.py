@@ -3,10 +3,13 @@
 Knows no job, no storage, no Ray.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,10 @@ from jobs.errors import ModelError, SpecError
 
 Kept = TypeVar("Kept")
 MOST_KEPT = 4
+
+
+class LaneStopped(Exception):
+    """Nobody waits for what this lane finds."""
 
 
 class Replica:
@@ -32,6 +39,7 @@ class Replica:
         memory: Most bytes of keys, values and activations that are kept from pass to pass.
         positions_ST: Of the pass that is running or ran last, the position of each token in its text,
             from 0; -1 marks padding.
+        separable: Whether a block can compute a part of its batch; None until `skipping` has tried it out.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 8192, memory: int = 2**30) -> None:
@@ -45,7 +53,36 @@ class Replica:
         self.token_budget = token_budget
         self.memory = memory
         self.positions_ST = torch.zeros((0, 0), dtype=torch.int64)
+        self.separable: bool | None = None
         self._kept: dict[Hashable, Any] = {}
+        self._kept_by_lanes: dict[int, dict[Hashable, Any]] = {}
+        self._stopped = Event()
+
+    def lane(self, number: int, *, of: int, stopped: Event) -> "Replica":
+        """The same weights in modules of its own, so that it can run beside the other lanes.
+
+        Hooks that are on the model are on the lane's too. What a lane keeps, it keeps for the next one of its
+        number.
+
+        Args:
+            number: Which lane, from 0.
+            of: Number of lanes, which share the memory.
+            stopped: Once it is set, the lane's passes raise `LaneStopped`.
+        """
+        hooks = [
+            hook
+            for module in self.model.modules()
+            for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+        ]
+        same = chain(self.model.parameters(), self.model.buffers(), hooks)
+        lane = copy.copy(self)
+        lane.__dict__.pop("parts", None)
+        lane.model = copy.deepcopy(self.model, {id(each): each for each in same})
+        lane.blocks = find_blocks(lane.model.get_decoder())
+        lane.memory = self.memory // of
+        lane._kept = self._kept_by_lanes.setdefault(number, {})
+        lane._stopped = stopped
+        return lane
 
     @cached_property
     def parts(self) -> list[Parts]:
@@ -152,11 +189,12 @@ class Replica:
     @contextmanager
     def other_weights(self) -> Iterator[None]:
         """Inside the block the weights may differ; what is kept there and what is kept outside stay apart."""
-        outside, self._kept = self._kept, {}
+        outside = self._kept, self._kept_by_lanes
+        self._kept, self._kept_by_lanes = {}, {}
         try:
             yield
         finally:
-            self._kept = outside
+            self._kept, self._kept_by_lanes = outside
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw text; the tokenizer's own start token, if it has one, is included."""
@@ -188,13 +226,18 @@ class Replica:
         Raises:
             ModelError: If the tokenizer has no chat template, or its template refuses the conversation.
         """
+        text = self.chat_text(messages) + answer
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation in the model's chat template, ready for its reply; takes and raises the same."""
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 "the model has no chat template, and this job asks in chat form; choose an instruct model"
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             )
         except Exception as error:  # a template is a program, and raises what it likes
             roles = [message["role"] for message in messages]
@@ -202,7 +245,6 @@ class Replica:
                 f"the model's chat template refuses the roles {roles}: {error}; leave the system message "
                 "out, or choose another model"
             ) from error
-        return list(self.tokenizer(text + answer, add_special_tokens=False)["input_ids"])
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that continues another one: no start token."""
@@ -251,6 +293,8 @@ class Replica:
         Returns:
             Logits of shape (sequences, keep, vocabulary), in the model's dtype.
         """
+        if self._stopped.is_set():
+            raise LaneStopped
         self.positions_ST = positions.masked_fill(mask[:, -positions.shape[1] :] == 0, -1)
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         output = self.model(

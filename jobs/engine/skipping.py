@@ -6,7 +6,6 @@ S sequences, T tokens, D hidden.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ Known = Callable[[int, Tensor | None], Tensor | None]
 
 None stands for any value: it is never read.
 """
-
-_separable: WeakKeyDictionary[Replica, bool] = WeakKeyDictionary()
 
 
 def first_sequences(replica: Replica, depths: Sequence[int]) -> list[int]:
@@ -88,9 +85,9 @@ def _partly(
 
 def separable(replica: Replica) -> bool:
     """Whether a block can compute a part of the batch: tried out, as models hand on what they like."""
-    if replica not in _separable:
-        _separable[replica] = _tried(replica)
-    return _separable[replica]
+    if replica.separable is None:
+        replica.separable = _tried(replica)
+    return replica.separable
 
 
 @torch.inference_mode()

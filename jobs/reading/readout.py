@@ -92,7 +92,7 @@ class Panel:
         return self._next_token(row_tables(self.replica, [[]]), 0)
 
     def read(self, tables: RowTables, reference_NV: Tensor) -> Iterator[tuple[int, Reading]]:
-        """Readings of every row, each as soon as it is finished.
+        """Readings of every row, each once its last reply is finished.
 
         Args:
             tables: What each row does where.
@@ -117,7 +117,7 @@ class Panel:
         return torch.stack([logits.log_probabilities(found[choice]).cpu() for choice in range(len(work))])
 
     def _complete(self, tables: RowTables) -> Iterator[tuple[int, list[Continuation]]]:
-        """Replies of every row, each row as soon as its last reply is finished."""
+        """Replies of every row, each row once its last reply is finished."""
         number = len(self.prompts)
         work = [Work(prompt, row) for row in range(tables.rows) for prompt in range(number)]
         decoding = Decoding(max_new_tokens=self.max_new_tokens)

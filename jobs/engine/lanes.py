@@ -1,0 +1,94 @@
+"""Work side by side on a CPU: each lane has threads, modules and caches of its own, and the same weights.
+
+Two threads that share every matrix product wait for each other at each one. Two that go through the model on
+their own, with other prompts, do not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event
+
+import torch
+
+from jobs.engine.memory import Found, within_memory
+from jobs.engine.replica import Replica
+from jobs.engine.skipping import separable
+
+LANES = 2
+_FEWEST = 128
+"""With less work than that, one lane is as fast."""
+
+Run = Callable[[Replica, list[int]], Iterator[tuple[int, Found]]]
+"""Takes a replica and indices of work, and yields each with what it finds, within the replica's budgets."""
+
+
+def side_by_side(
+    replica: Replica, prompts: Sequence[int], indices: Sequence[int], run: Run[Found]
+) -> Iterator[tuple[int, Found]]:
+    """All that `run` finds, within the replica's memory, in lanes where that is faster.
+
+    Which lane a prompt takes depends on nothing but the work, so that a run repeated is the same.
+
+    Args:
+        replica: The model.
+        prompts: Prompt of each piece of work; all pieces of a prompt take the same lane.
+        indices: Of the pieces to do.
+        run: Does them.
+
+    Raises:
+        OutOfMemory: If even one at a time does not fit.
+    """
+    lane_of = {
+        prompt: number % LANES for number, prompt in enumerate(dict.fromkeys(prompts[i] for i in indices))
+    }
+    enough = len(indices) >= _FEWEST and len(lane_of) >= LANES and torch.get_num_threads() >= LANES
+    if replica.device.type != "cpu" or not enough:
+        yield from within_memory(replica, indices, lambda left: run(replica, left))
+        return
+    parts = [[index for index in indices if lane_of[prompts[index]] == lane] for lane in range(LANES)]
+    yield from _in_lanes(replica, parts, run)
+
+
+def _in_lanes(
+    replica: Replica, parts: Sequence[Sequence[int]], run: Run[Found]
+) -> Iterator[tuple[int, Found]]:
+    # Tried out once, not in each lane.
+    _ = separable(replica), replica.cache_bytes, replica.blocks_give_tuples
+    stopped = Event()
+    lanes = [replica.lane(number, of=len(parts), stopped=stopped) for number in range(len(parts))]
+    found: SimpleQueue[tuple[int, tuple[int, Found] | None]] = SimpleQueue()
+
+    def work(number: int) -> None:
+        lane = lanes[number]
+        try:
+            for each in within_memory(lane, parts[number], lambda left: run(lane, left)):
+                found.put((number, each))
+        finally:
+            found.put((number, None))
+
+    with _threads_each(len(parts)), ThreadPoolExecutor(len(parts)) as pool:
+        running = {number: pool.submit(work, number) for number in range(len(parts))}
+        try:
+            while running:
+                number, each = found.get()
+                if each is None:
+                    running.pop(number).result()
+                else:
+                    yield each
+        finally:
+            stopped.set()
+            replica.token_budget = min(lane.token_budget for lane in lanes)
+            replica.memory = min(replica.memory, len(parts) * min(lane.memory for lane in lanes))
+
+
+@contextmanager
+def _threads_each(lanes: int) -> Iterator[None]:
+    """Inside the block the threads of a product are divided among the lanes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // lanes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,71 @@
+"""Which trials' replies are worth reading, and what the unsteered model said instead."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from orchestrator.findings import Findings, Record, is_number, unsteered_specs
+from storage.query import StoredSweep
+
+SHOWN_OF_FRONT = 6
+
+
+class Comparison(NamedTuple):
+    """A trial's replies beside the unsteered ones.
+
+    Attributes:
+        trial: The trial with its metrics.
+        why: Why it is shown.
+        replies: Pairs of rows of the table `completions`: steered, and unsteered where there is one.
+    """
+
+    trial: Record
+    why: str
+    replies: list[tuple[Record, Record | None]]
+
+
+def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
+    """Trials along the front and the strongest doses of the best layer, with their replies."""
+    chosen = _worth_reading(found)
+    replies = _replies(sweep, list(chosen))
+    unsteered = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({unsteered_specs(sweep)})")
+    before = {(row["split"], row["prompt"]): row for row in unsteered}
+    comparisons = [
+        Comparison(
+            found.scored[trial],
+            why,
+            [(row, before.get((row["split"], row["prompt"]))) for row in replies if row["trial"] == trial],
+        )
+        for trial, why in chosen.items()
+    ]
+    return [comparison for comparison in comparisons if comparison.replies]
+
+
+def _replies(sweep: StoredSweep, trials: Sequence[int]) -> list[Record]:
+    listed = ", ".join(map(str, trials)) or "NULL"
+    return sweep.rows(f"SELECT * FROM completions WHERE trial IN ({listed}) ORDER BY trial, split DESC, item")
+
+
+def _worth_reading(found: Findings) -> dict[int, str]:
+    """Trial -> why its replies are shown; a dose of 0 says nothing new."""
+    moved = [row for row in found.front if row["params"].get("dose") != 0]
+    places = np.linspace(0, len(moved) - 1, min(SHOWN_OF_FRONT, len(moved))).round().astype(int)
+    chosen = {moved[place]["trial"]: "on the front" for place in places}
+    steered = moved or [row for row in found.scored.values() if row["params"].get("dose") != 0]
+    if not steered:
+        return chosen
+    # Front rows stand best first, and Counter keeps that order among equals.
+    [(layer, _)] = Counter(row["params"].get("layer") for row in steered).most_common(1)
+    where = "" if layer is None else f" at layer {layer}"
+    where += ", which has most trials on the front" if where and moved else ""
+    there = [row for row in found.scored.values() if row["params"].get("layer") == layer]
+    doses = [(row["params"].get("dose"), row["trial"]) for row in there]
+    doses = [(dose, trial) for dose, trial in doses if is_number(dose)]
+    strongest = {"positive": max(doses, default=(0, 0)), "negative": min(doses, default=(0, 0))}
+    for sign, (dose, trial) in strongest.items():
+        if dose and (dose > 0) == (sign == "positive"):
+            told = f"{chosen[trial]}; " if trial in chosen else ""
+            chosen[trial] = f"{told}strongest {sign} dose{where}"
+    return chosen

@@ -1,0 +1,94 @@
+"""What a report is made from, read once from a sweep at any state."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from orchestrator.canvas import Measure
+from storage.pareto import pareto, scored_trials
+from storage.query import StoredSweep
+
+Record = dict[str, Any]
+
+
+class Findings(NamedTuple):
+    """What the page is made from.
+
+    Attributes:
+        identity: What `sweep.json` says.
+        trials: Rows of the table `trials`, by number.
+        scored: Completed trials with their metrics, by number; a shared result stands at each of its trials.
+        front: Those of the Pareto front, one for each result, best first objective first.
+        measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
+        unsteered: Split -> metric -> value of the unsteered model.
+    """
+
+    identity: Mapping[str, Any]
+    trials: dict[int, Record]
+    scored: dict[int, Record]
+    front: list[Record]
+    measures: dict[str, Measure]
+    unsteered: dict[str, dict[str, float]]
+
+
+def read_findings(sweep: StoredSweep) -> Findings:
+    """Trials, metrics and the front, as they stand."""
+    trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
+    results = {row["trial"]: row for row in scored_trials(sweep)}
+    scored = {}
+    for number, row in trials.items():
+        if found := results.get(row["reused_from"] if row["reused_from"] is not None else number):
+            own = {name: row[name] for name in found["params"]}
+            scored[number] = {**found, "trial": number, "params": own}
+    # A running sweep may have gone on since the trials were read.
+    front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
+    unsteered: dict[str, dict[str, float]] = {}
+    for row in sweep.rows(
+        f"SELECT split, name, min(value) AS value FROM metrics WHERE spec IN ({unsteered_specs(sweep)}) "
+        # Several unsteered readings (of different prompts, say) have no common value.
+        "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
+    ):
+        unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
+    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered)
+
+
+def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:
+    directions = {objective["metric"]: objective["direction"] for objective in identity["objectives"]}
+    metrics = identity["metrics"]
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    names = dict.fromkeys([*directions, *(name for name in metrics if name not in ends)])
+    return {name: Measure(name, metrics[name]["unit"], directions.get(name, "")) for name in names}
+
+
+def unsteered_specs(sweep: StoredSweep) -> str:
+    """SQL for the unsteered model's specs: the job's own prerequisites, else the trials at a dose of 0."""
+    specs = f"SELECT spec FROM attempts WHERE trial IS NULL AND job = '{sweep.identity['job']}'"
+    if "dose" not in sweep.identity["parameters"]:
+        return specs
+    return f"{specs} UNION SELECT spec FROM trials WHERE dose = 0 AND NOT EXISTS ({specs})"
+
+
+def _distinct(found: Findings) -> dict[str, set[Any]]:
+    """Parameter -> values that completed trials have."""
+    params = [row["params"] for row in found.scored.values()]
+    return {name: {row[name] for row in params} - {None} for name in found.identity["parameters"]}
+
+
+def others(found: Findings) -> list[str]:
+    """Parameters that vary and are no axis of the figures, which show means over them."""
+    return [name for name, values in _distinct(found).items() if len(values) > 1 and name not in axes(found)]
+
+
+def axes(found: Findings) -> tuple[str | None, str | None]:
+    """Parameters of the figures: the one along the x axis and the one that tells lines and rows apart."""
+    distinct = _distinct(found)
+    numeric = {name: values for name, values in distinct.items() if values and all(map(is_number, values))}
+    if {"layer", "dose"} <= numeric.keys():
+        return "dose", "layer"
+    counts = {name: len(values) for name, values in numeric.items() if len(values) > 1}
+    first, second = [*sorted(counts, key=lambda name: -counts[name]), None, None][:2]
+    return first, second
+
+
+def is_number(value: Any) -> bool:
+    """Whether a parameter's value can stand along an axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,57 @@
+"""The command as a user calls it, and a tiny sweep to call it on."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from storage.query import open_sweep
+
+ROOT = Path(__file__).parents[1]
+SPACE = '''
+"""A tiny tone grid."""
+from search_spaces.base import Grid, Objective, Space
+
+SPACE = Space(
+    description="A tiny tone grid.",
+    job="jobs.steer",
+    parameters={"layer": Grid([0, 1, 2]), "dose": Grid([-0.4, 0.0, 0.4])},
+    fixed={"choices_select": 6, "choices_report": 4, "prompts_select": 2, "prompts_report": 1,
+        "max_new_tokens": 6},
+    objectives=[
+        Objective(metric="effect", direction="maximize"),
+        Objective(metric="damage", direction="minimize"),
+    ],
+    sampler="grid",
+)
+'''
+
+
+def steersweep(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_arguments(place: Path, out: str) -> list[str | Path]:
+    return ["run", place / "space.py", "--out", place / out, "--set", f"model={place / 'model'}", "--json"]
+
+
+def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that does not depend on time or on who ran it."""
+    sweep = open_sweep(folder)
+    return {
+        "trials": sweep.rows("SELECT trial, spec, state, layer, dose FROM trials ORDER BY trial"),
+        "metrics": sweep.rows("SELECT * FROM metrics ORDER BY ALL"),
+        "items": sweep.rows("SELECT * FROM items ORDER BY ALL"),
+        "completions": sweep.rows("SELECT * FROM completions ORDER BY ALL"),
+        "vectors": sweep.rows("SELECT * FROM vectors ORDER BY trial"),
+    }
+
+
+def refused(*arguments: str | Path) -> str:
+    done = steersweep(*arguments, timeout=120)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("steersweep: ")
+    return lines[0]
