@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from steering_vectors import SteeringVector
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.workload import Cell
+from jobs import catalog
 from jobs.engine.replica import Replica
 
 # repeng 0.4.0 names a type that numpy 2 has dropped.
@@ -60,6 +62,13 @@ PEERS: dict[str, Steered] = {
     "repeng": repeng,
     "plain hook loop": plain_hook,
 }
+
+
+def plain_replica(model: str, dtype: torch.dtype) -> Replica:
+    """A model as transformers loads it, without what `load_replica` makes faster."""
+    source = catalog.resolve(model)
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    return Replica(AutoModelForCausalLM.from_pretrained(source, dtype=dtype), tokenizer)
 
 
 @torch.inference_mode()

@@ -232,17 +232,20 @@ def bench_fp32(model: str, slots: int | None, sample: int) -> dict[str, Any]:
     }
 
 
-def bench_bf16(model: str, slots: int | None, batch: int, sample: int) -> dict[str, Any]:
-    """bfloat16 against the peer in bfloat16, on a part of the grid."""
+def bench_bf16(model: str, slots: int | None, sample: int) -> dict[str, Any]:
+    """bfloat16 against the peer in bfloat16, which runs on a sample of the grid."""
     replica = load_replica(ModelRef(id=model, dtype="bfloat16"))
-    workload = make_workload(replica, layers=(11, 20))
-    some = [cell for cell in workload.cells if cell.dose != 0][:: max(1, 8 // sample)][:sample]
+    workload = make_workload(replica)
+    some = [cell for cell in workload.cells if cell.dose != 0][:: max(1, 24 // sample)][:sample]
+    plain = peers.plain_replica(model, torch.bfloat16)
+    batch = best_batch(plain, workload, some[:1])
     mine = timed(
         rows_of(workload, workload.cells), lambda: ours(replica, workload, forced=False, slots=slots)
     )
-    theirs = timed(rows_of(workload, some), lambda: peer(replica, "steering-vectors", workload, some, batch))
+    theirs = timed(rows_of(workload, some), lambda: peer(plain, "steering-vectors", workload, some, batch))
     return {
         "speedup_bf16": mine.rows_per_second / theirs.rows_per_second,
+        "peer_batch_bf16": batch,
         "rows_per_second_bf16": {
             "ours, natural stop": mine.rows_per_second,
             "steering-vectors, natural stop, sample": theirs.rows_per_second,
@@ -262,7 +265,7 @@ def main(arguments: Sequence[str]) -> None:
     result: dict[str, Any] = {"machine": describe(), "date": date.today().isoformat()}
     result |= bench_fp32(options.model, options.slots, options.sample)
     if not options.skip_bf16:
-        result |= bench_bf16(options.model, options.slots, result["peer_batch"], min(3, options.sample))
+        result |= bench_bf16(options.model, options.slots, min(3, options.sample))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

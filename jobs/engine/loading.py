@@ -24,6 +24,7 @@ from transformers import (
 
 from jobs import catalog
 from jobs.engine.replica import Replica
+from jobs.engine.widening import widen_products
 from jobs.errors import ModelError
 from jobs.fingerprint import fingerprint
 from jobs.spec import ModelRef
@@ -74,6 +75,7 @@ def load_replica(
     model, found = loaded
     _check_whole(ref, model, found["missing_keys"])
     join_devices(model)
+    widen_products(model)
     replica = Replica(model, tokenizer, token_budget=token_budget)
     _check_blocks(ref, replica)
     replica.memory = _free_memory(model) if memory is None else memory
