@@ -42,7 +42,7 @@ demo: install
 	$(BIN)/steersweep run search_spaces/tone_grid.py --out runs/demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

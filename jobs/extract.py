@@ -123,7 +123,7 @@ def _extracted(replica: "Replica", row: Row) -> Outcome:
     from jobs.extraction.layerwise import contrast_of, judged_layers, residual_norms, vector_file
 
     params: Params = row.params
-    words = [_word_token(replica, word) for word in params.without_words]
+    words = [replica.single_token(word) for word in params.without_words]
     contrast = contrast_of(replica, params)
     file = vector_file(replica, params.vectors) if params.source == "file" else None
     found = judged_layers(replica, row, contrast, file, words)
@@ -157,24 +157,16 @@ def _stacked(tensors: Sequence["Tensor"]) -> np.ndarray:
     return np.stack([tensor.float().cpu().numpy() for tensor in tensors])
 
 
-def _word_token(replica: "Replica", word: str) -> int:
-    tokens = replica.encode_continuation(word)
-    if len(tokens) != 1:
-        raise SpecError(f"without_words: {word!r} is {len(tokens)} tokens of this model; it takes one")
-    return tokens[0]
-
-
-def load_direction(context: Context, params: Params, layer: int, dose: float) -> tuple[Any, float]:
-    """A direction of unit norm and the raw multiplier that a dose means at that layer.
+def load_direction(context: Context, params: Params, layer: int) -> tuple[Any, float]:
+    """A direction of unit norm, and the mean residual norm at that layer, which a dose of 1 means.
 
     Args:
         context: The running job's context.
         params: The extraction that was required.
         layer: Block whose output is steered, counted from 0.
-        dose: Strength relative to the mean residual norm at that layer.
 
     Returns:
-        The direction of shape (hidden,) and the multiplier, dose x residual norm.
+        The direction of shape (hidden,) and the norm.
 
     Raises:
         SpecError: If the model has no such layer, or the layer has no direction.
@@ -188,4 +180,4 @@ def load_direction(context: Context, params: Params, layer: int, dose: float) ->
         known = np.flatnonzero(np.isfinite(arrays["directions"]).all(axis=1)).tolist()
         files = [name for name in (params.vectors, *params.combine, *params.without) if is_vector_file(name)]
         raise SpecError(f"layer {layer} has no direction; {' and '.join(files)} give the layers {known}")
-    return direction, dose * float(arrays["residual_norms"][layer])
+    return direction, float(arrays["residual_norms"][layer])

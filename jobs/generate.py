@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jobs import extract, steering
 from jobs.data.prompts import Conversation, load_conversations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from jobs.engine.replica import Replica
     from jobs.reading.completions import Reply, Thread
     from jobs.reading.rereading import Reread
+
+Some = TypeVar("Some", bound="Params")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +131,12 @@ def check(params: Params) -> None:
 
 def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer; greedy completions are all the same."""
-    if params.temperature == 0:
-        params = replace(params, temperature=0.0, top_p=1.0, samples=1)
-    return canonical_steering(params, shared=PACK_BY)
+    return canonical_steering(without_chance(params), shared=PACK_BY)
+
+
+def without_chance(params: Some) -> Some:
+    """Greedy completions are the same whatever the rest says, and all the same."""
+    return replace(params, temperature=0.0, top_p=1.0, samples=1) if params.temperature == 0 else params
 
 
 def _extraction(params: Params) -> extract.Params:

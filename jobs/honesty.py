@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import extract, steering
 from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
-from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.steering import Steering, canonical_steering, extraction_of, interventions, without_steering
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Params(Steering):
-    """A direction, where and how strongly it is added, and the claims it is read on.
+    """How it is steered, and the claims that this is read on.
 
     Attributes:
         claims: Dataset of labelled claims; its splits do not overlap.
@@ -139,7 +138,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     Tables of the outcome: `items`, one row a claim and score; `completions`, one row a written answer.
     The outcome of a dose of 0 carries `log_probabilities` (claims, vocabulary), float32 or wider, nats,
-    of the answer's first token, which KL refers to. A row whose logits are not finite fails.
+    of the answer's first token, which KL refers to. A row whose logits are not finite, or whose steering
+    missed a token, fails.
 
     Raises:
         SpecError: If a layer does not exist, or an answer letter is several tokens of this model.
@@ -150,7 +150,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     from jobs.engine.tables import row_tables
 
     questions = [question for question in _questions(rows[0].params) if question.split != "extract"]
-    letters = [_letter_token(replica, letter) for letter in LETTERS]
+    letters = [replica.single_token(letter) for letter in LETTERS]
     tables = row_tables(
         replica, [interventions(context, row.params, _extraction(row.params)) for row in rows]
     )
@@ -172,13 +172,6 @@ class _Asked(NamedTuple):
     questions: Sequence[ClaimQuestion]
     letters: Sequence[int]
     max_new_tokens: int
-
-
-def _letter_token(replica: "Replica", letter: str) -> int:
-    tokens = replica.encode_continuation(letter)
-    if len(tokens) != 1:
-        raise SpecError(f"{letter!r} is {len(tokens)} tokens of this model; answer letters take one token")
-    return tokens[0]
 
 
 def _answers(

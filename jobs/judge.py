@@ -5,11 +5,11 @@ key is kept. Each pair is judged in both orders.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jobs import extract, generate
+from jobs import generate
 from jobs.data.prompts import Conversation, load_conversations
 from jobs.errors import SpecError
 from jobs.scoring.judge import Comparison, Contest, Judge, compare
@@ -81,13 +81,7 @@ def size(params: Params) -> Size:
 
 def requires(params: Params) -> Sequence[Requirement]:
     """The direction, if it is steered."""
-    if params.is_unsteered:
-        return ()
-    return (Requirement(job="jobs.extract", params=_extraction(params)),)
-
-
-def _extraction(params: Params) -> extract.Params:
-    return extraction_of(params, pairs=params.pairs)
+    return generate.requires(params)
 
 
 def check(params: Params) -> None:
@@ -97,16 +91,13 @@ def check(params: Params) -> None:
         SpecError: If not, or if the prompts hold conversations. Nothing is sent.
     """
     _judge(params)
-    extract.check(_extraction(params))
     generate.check(params)
     _prompts(params)
 
 
 def canonical(params: Params) -> Params:
     """The unsteered model is the same work at every layer; greedy completions are all the same."""
-    if params.temperature == 0:
-        params = replace(params, temperature=0.0, top_p=1.0, samples=1)
-    return canonical_steering(params, shared=PACK_BY)
+    return canonical_steering(generate.without_chance(params), shared=PACK_BY)
 
 
 def _judge(params: Params) -> Judge:
@@ -158,7 +149,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     params = rows[0].params
     judge, prompts = _judge(params), _prompts(params)
-    changes = [interventions(context, row.params, _extraction(row.params)) for row in rows]
+    changes = [
+        interventions(context, row.params, extraction_of(row.params, pairs=row.params.pairs)) for row in rows
+    ]
     # An unsteered row stands behind each; equal ones are computed once.
     tables = row_tables(replica, [*changes, *([] for _ in rows)])
     threads = [generate.new_threads(number, row, prompts) for number, row in enumerate([*rows, *rows])]

@@ -1,4 +1,4 @@
-"""Job: add a direction at one layer and dose; read the effect on what is said and the damage done.
+"""Job: steer with a direction; read the effect on what is said and the damage done.
 
 A dose of 0 is the unsteered model: every other dose requires it and is compared with it.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Params(Steering):
-    """A direction, where and how strongly it is added, and the prompts it is read on.
+    """How it is steered, and the prompts that this is read on.
 
     Attributes:
         pairs: Contrast pairs that the direction comes from.
@@ -147,7 +147,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     reference = torch.tensor(before["log_probabilities"]) if before is not None else panel.unsteered()
     for index, reading in panel.read(row_tables(replica, changes), reference):
         params = rows[index].params
-        if params.is_unsteered or before is None:
+        if reading.flaw is not None:
+            yield index, Outcome(status=Status.FAILED, reason=reading.flaw)
+        elif params.is_unsteered or before is None:
             yield index, _unsteered_outcome(panel, reading, reference.numpy())
         else:
             yield index, _steered_outcome(panel, reading, params, changes[index], before)
@@ -189,12 +191,6 @@ def _steered_outcome(
 ) -> Outcome:
     from jobs.reading.readout import read_tables, split_means
 
-    if not reading.finite:
-        return Outcome(
-            status=Status.FAILED, reason="the steered model's logits are not finite; use a smaller dose"
-        )
-    if reading.missed is not None:
-        return Outcome(status=Status.FAILED, reason=reading.missed)
     metrics = split_means(panel, reading)
     for split, found in metrics.items():
         rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}

@@ -103,7 +103,8 @@ def extraction_of(params: Steering, **own: Any) -> extract.Params:
         ValueError: If the parameters do not go together.
     """
     if params.vectors:
-        own = {"source": "file", "vectors": params.vectors}
+        judged_on = {"pairs": own["pairs"]} if "pairs" in own and own.get("source") != "claims" else {}
+        own = {"source": "file", "vectors": params.vectors, **judged_on}
     wanted = extract.Params(
         method=params.direction,
         component=params.component,
@@ -176,7 +177,7 @@ def _intervention(
 ) -> "AnyIntervention":
     from jobs.engine.interventions import Add, Clamp, ProjectOut, Replace, Tokens
 
-    direction, norm = extract.load_direction(context, extraction, layer, 1.0)
+    direction, norm = extract.load_direction(context, extraction, layer)
     strength = weight * params.strength * (norm if params.multiplier is None else 1.0)
     tokens: Tokens = (-1,) if params.tokens == "last" else params.tokens
     match params.operation:

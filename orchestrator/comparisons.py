@@ -31,16 +31,21 @@ def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
     chosen = _worth_reading(found)
     replies = _replies(sweep, list(chosen))
     unsteered = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({unsteered_specs(sweep)})")
-    before = {(row["split"], row["prompt"]): row for row in unsteered}
+    before = {_place(row): row for row in unsteered}
     comparisons = [
         Comparison(
             found.scored[trial],
             why,
-            [(row, before.get((row["split"], row["prompt"]))) for row in replies if row["trial"] == trial],
+            [(row, before.get(_place(row))) for row in replies if row["trial"] == trial],
         )
         for trial, why in chosen.items()
     ]
     return [comparison for comparison in comparisons if comparison.replies]
+
+
+def _place(reply: Record) -> tuple[str, int, str]:
+    """What a reply shares with the one beside it."""
+    return reply["split"], reply["item"], reply["prompt"]
 
 
 def _replies(sweep: StoredSweep, trials: Sequence[int]) -> list[Record]:

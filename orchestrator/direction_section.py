@@ -1,6 +1,7 @@
 """The report's part on directions: what stored extractions say, in words and figures."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from orchestrator.canvas import Figure, Theme
 from storage.artifacts import Artifact, read_artifact
 from storage.durable import StoreError
 from storage.query import StoredSweep
+from storage.store import Store
 
 MOST_SHOWN = 3
 LENS_LAYERS = 3
@@ -50,7 +52,7 @@ class Extraction(NamedTuple):
     images: dict[str, tuple[str, Paint]]
 
 
-class Directions(NamedTuple):
+class Section(NamedTuple):
     """What the section shows.
 
     Attributes:
@@ -64,13 +66,12 @@ class Directions(NamedTuple):
     unreadable: list[str]
 
 
-def stored_directions(sweep: StoredSweep) -> Directions:
+def read_section(sweep: StoredSweep) -> Section:
     """The first stored extractions that have diagnostics; an artifact that is gone is named and left out."""
-    rows = sweep.rows(
-        "SELECT spec, any_value(artifacts.hash) AS hash, any_value(artifacts.path) AS path, "
-        "any_value(artifacts.bytes) AS bytes FROM artifacts LEFT JOIN attempts USING (spec) "
-        f"WHERE artifacts.job = '{_JOB}' GROUP BY spec ORDER BY min(attempts.started), spec"
-    )
+    latest = {row["spec"]: row for row in Store(sweep.folder).rows("artifacts") if row["job"] == _JOB}
+    attempts = sweep.rows("SELECT spec, min(started) AS started FROM attempts GROUP BY spec")
+    began = {row["spec"]: row["started"] for row in attempts}
+    rows = sorted(latest.values(), key=lambda row: (began.get(row["spec"], math.inf), row["spec"]))
     shown: list[Extraction] = []
     unreadable: list[str] = []
     for row in rows[:MOST_SHOWN]:
@@ -81,7 +82,7 @@ def stored_directions(sweep: StoredSweep) -> Directions:
             continue
         if "texts" in arrays:
             shown.append(_extraction(row["spec"], arrays, len(shown) + 1))
-    return Directions(shown, len(rows), unreadable)
+    return Section(shown, len(rows), unreadable)
 
 
 def _extraction(spec: str, arrays: Mapping[str, np.ndarray], number: int) -> Extraction:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jobs import catalog
-from jobs.directions.vector_files import write_gguf, write_safetensors
+from jobs.directions.vector_files import VECTOR_SUFFIXES, write_gguf, write_safetensors
 from jobs.errors import SpecError
 from jobs.resolve import load_job, make_params, make_spec
 from jobs.spec import Requirement, Spec, canonical_json
@@ -17,8 +17,6 @@ from storage.artifacts import Artifact, read_artifact
 from storage.ledger import read_asked
 from storage.query import open_sweep
 from storage.store import Store
-
-_SUFFIXES = (".safetensors", ".gguf")
 
 
 class Directions(NamedTuple):
@@ -153,8 +151,8 @@ def export(folder: Path, chosen: Chosen) -> dict[str, Any]:
             it cannot be written.
         StoreError: If the stored directions are gone or have changed.
     """
-    if chosen.out.suffix not in _SUFFIXES:
-        raise SpecError(f"{chosen.out}: control vectors are written to {' or '.join(_SUFFIXES)} files")
+    if chosen.out.suffix not in VECTOR_SUFFIXES:
+        raise SpecError(f"{chosen.out}: control vectors are written to {' or '.join(VECTOR_SUFFIXES)} files")
     if chosen.out.exists() and not chosen.force:
         raise SpecError(f"{chosen.out} is there already; give another name, or --force to replace it")
     source = _pick(folder, stored_directions(folder), chosen.spec)

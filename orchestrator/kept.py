@@ -52,7 +52,7 @@ def query(
     sql: Annotated[
         str,
         typer.Argument(
-            help="One SELECT over trials, attempts, metrics, items, completions, scores, vectors, artifacts."
+            help="One SELECT over the tables, such as trials, metrics, items, completions, scores, vectors."
         ),
     ],
     output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",

@@ -14,7 +14,7 @@ import numpy as np
 from orchestrator import figures
 from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
 from orchestrator.comparisons import compare_replies
-from orchestrator.direction_section import stored_directions
+from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
 from orchestrator.findings import Findings, Record, axes, others, read_findings
 from orchestrator.page import page_template
@@ -51,7 +51,7 @@ def write_report(folder: Path) -> Path:
     sweep = open_sweep(folder)
     found = read_findings(sweep)
     target = folder / "report"
-    directions = stored_directions(sweep)
+    directions = read_section(sweep)
     painted = _figures(found)
     for extraction in directions.shown:
         painted |= extraction.images

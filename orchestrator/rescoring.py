@@ -43,8 +43,9 @@ def rescore(folder: Path, scorers: Sequence[str]) -> dict[str, Any]:
         scorers: Names, with options as JSON behind them (`jobs.scoring.uses.parse_uses`).
 
     Returns:
-        sweep; scorers, each with its name, version, options and the number of rows added and found there;
-        trials, the means and counts of each trial, split and scorer.
+        sweep; added, the number of rows; specs, how many have completions; unchanged, pairs of spec and
+        scorer that were there; scorers, each with its name, version and options; trials, the means and
+        counts of each trial, split and scorer.
 
     Raises:
         SpecError: If the folder holds no sweep or no completions, a scorer is unknown or refuses its options

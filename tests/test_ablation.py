@@ -45,7 +45,7 @@ def logits(replica: Replica) -> Tensor:
 
 def projected(replica: Replica, changes: Sequence[Intervention]) -> Tensor:
     tables: RowTables = row_tables(replica, [changes] * len(PROMPTS))
-    with steered(replica, Steering(tables, [len(prompt) for prompt in PROMPTS])):
+    with steered(replica, Steering(tables.tables, [len(prompt) for prompt in PROMPTS])):
         return logits(replica)
 
 

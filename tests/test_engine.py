@@ -307,7 +307,7 @@ class TestSteering:
 
 
 def steering_of(replica: Replica, rows: list[list[Add]], prompts: list[list[int]] = PROMPTS) -> Steering:
-    return Steering(row_tables(replica, rows), [len(prompt) for prompt in prompts])
+    return Steering(row_tables(replica, rows).tables, [len(prompt) for prompt in prompts])
 
 
 def completed(
@@ -326,7 +326,7 @@ class TestRowTables:
         rows = [[], [Add(layer=2, vector=direction())], [Add(layer=0, vector=2 * direction())]]
         tables = row_tables(replica, rows).take([2, 0, 1, 1])
         zero, vector = np.zeros(HIDDEN), direction()
-        added = {place.layer: table.add_RKD[:, 0] for place, [table] in tables.tables.items()}
+        added = {place.layer: table.add_RKD[:, 0] for place, [table] in tables.items()}
         np.testing.assert_array_equal(added[0], [2 * vector, zero, zero, zero])
         np.testing.assert_array_equal(added[2], [zero, zero, vector, vector])
 

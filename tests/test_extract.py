@@ -141,7 +141,7 @@ class TestFiles:
         with pytest.raises(
             SpecError, match=r"layer 2 has no direction; .*safetensors give the layers \[1, 3\]"
         ):
-            extract.load_direction(Artifacts(replica), extraction, 2, 0.5)
+            extract.load_direction(Artifacts(replica), extraction, 2)
 
     def test_a_direction_of_zeros_counts_as_absent(
         self, replica: Replica, pairs: str, tmp_path: Path

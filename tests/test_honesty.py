@@ -273,6 +273,6 @@ class TestRefusals:
         replica = tiny_replica(ARCHITECTURE)
         monkeypatch.setattr(replica, "encode_continuation", lambda text: [1, 2])
         passes = Passes(replica.model)
-        with pytest.raises(SpecError, match="'A' is 2 tokens of this model; answer letters take one token"):
+        with pytest.raises(SpecError, match="'A' is 2 tokens of this model; it takes a text of one token"):
             run(replica, few(layer=0, dose=0.0))
         assert passes.count == 0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 import time
 import traceback
@@ -16,15 +17,12 @@ from hypothesis import strategies as st
 
 from jobs.errors import SpecError
 from jobs.scoring.judge import (
-    VERSION,
-    Comparison,
     Contest,
     Judge,
     combine,
     compare,
     parse_verdict,
     prompt_text,
-    score_rows,
 )
 
 KEY = "kk-harbour-lantern-0123456789"
@@ -314,12 +312,9 @@ class TestVerdicts:
     def test_a_reply_without_a_verdict_is_counted_and_kept(self, serve: Serve) -> None:
         judge = judge_at(serve(in_turn(says("Hard to say."), says("VERDICT: 1"))).base_url, concurrency=1)
         found = compare(judge, [CONTEST])
-        [row] = score_rows(judge, found)
-        assert not row["parsed"]
-        assert row["value"] != row["value"]
-        assert (row["reply"], row["reply_swapped"]) == ("Hard to say.", "VERDICT: 1")
-        assert (row["error"], row["error_swapped"]) == (None, None)
-        assert (row["scorer"], row["version"], row["item"]) == ("judge", VERSION, 0)
+        assert math.isnan(found[0].value)
+        assert found[0].replies == ("Hard to say.", "VERDICT: 1")
+        assert not found[0].parsed
 
 
 class TestFailures:
@@ -468,10 +463,10 @@ class TestKey:
         caplog.set_level(logging.DEBUG)
         judge = judge_at(serve(lambda _: echo).base_url, **keyed)
         found = compare(judge, [CONTEST], pause=Pauses())
-        everything = f"{judge!r} {judge.to_json()} {found!r} {score_rows(judge, found)} {caplog.text}"
+        everything = f"{judge!r} {found!r} {caplog.text}"
         assert KEY not in everything
         assert KEY[:12] not in everything
-        assert "JUDGE_KEY" not in f"{judge!r} {judge.to_json()}"
+        assert "JUDGE_KEY" not in repr(judge)
 
     @pytest.mark.parametrize("status", [401, 302])
     def test_an_error_does_not_show_it_even_with_all_variables(
@@ -557,13 +552,3 @@ class TestJudge:
     def test_there_is_none_without_address_and_model(self) -> None:
         with pytest.raises(TypeError, match="base_url"):
             Judge(question="Which?")  # type: ignore[call-arg]
-
-    def test_what_decides_a_verdict_is_in_the_rows(self) -> None:
-        judge = judge_at("http://127.0.0.1:9/v1", request={"temperature": 0})
-        [row] = score_rows(judge, [Comparison(1.0, ("1", "2"), (None, None))])
-        options = json.loads(row["options"])
-        assert options["model"] == "small"
-        assert options["question"] == "Which text is sunnier?"
-        assert options["request"] == {"temperature": 0}
-        patient = judge_at("http://127.0.0.1:9/v1", request={"temperature": 0}, attempts=9)
-        assert patient.to_json() == judge.to_json()

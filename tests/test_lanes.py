@@ -1,6 +1,7 @@
 """Work in lanes finds what it finds in one, and leaves nothing behind."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -172,3 +173,41 @@ def test_memory_that_runs_out_in_a_lane_loses_no_row() -> None:
         index: each.tokens for index, each in expected.items()
     }
     assert replica.token_budget < 64
+
+
+def test_what_is_started_while_lanes_run_runs_beside_them(threads_of_passes: set[str]) -> None:
+    replica = tiny_replica("llama")
+    expected = completed(tiny_replica("llama"), Decoding(max_new_tokens=20))
+    tables, pairs = row_tables(replica, ROWS), [(each.prompt, each.row) for each in WORK]
+    outer = generate(replica, PROMPTS, tables, WORK, Decoding(max_new_tokens=20, slots=8))
+    found = dict([next(outer)])
+    torch.set_num_threads(2)
+    threads_of_passes.clear()
+    inner = dict(next_token(replica, PROMPTS, tables, pairs))
+    assert threading.main_thread().name in threads_of_passes
+    found |= dict(outer)
+    assert len(inner) == len(WORK)
+    assert {index: each.tokens for index, each in found.items()} == {
+        index: each.tokens for index, each in expected.items()
+    }
+    threads_of_passes.clear()
+    completed(replica, Decoding(max_new_tokens=2))
+    assert len(threads_of_passes - {threading.main_thread().name}) == 2
+
+
+def test_lanes_wait_for_a_slow_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "_MOST_WAITING", 3)
+    replica = tiny_replica("llama")
+    began: list[int] = []
+    forward = replica.blocks[-1].register_forward_pre_hook(lambda *_: began.append(1))
+    found = generate(replica, PROMPTS, row_tables(replica, ROWS), WORK, Decoding(max_new_tokens=2, slots=1))
+    next(found)
+    for _ in range(200):
+        before = len(began)
+        time.sleep(0.05)
+        if len(began) == before:
+            break
+    waiting = len(began)
+    assert len(dict(found)) == len(WORK) - 1
+    assert waiting < len(began)
+    forward.remove()

@@ -230,7 +230,7 @@ class TestSpreadModels:
         ]
         outputs = {}
         for each in (replica, plain):
-            steering = Steering(row_tables(each, rows), [len(prompt) for prompt in PROMPTS])
+            steering = Steering(row_tables(each, rows).tables, [len(prompt) for prompt in PROMPTS])
             with torch.inference_mode(), steered(each, steering), recorded(each) as outputs[each]:
                 found = prefill(each, PROMPTS)
         for layer in range(LAYERS):

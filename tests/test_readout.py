@@ -173,7 +173,7 @@ class TestSplitMeans:
             Completion(prompt, reply, "", score, 0.25 * index)
             for index, (prompt, reply, score) in enumerate(zip(PROMPTS, tokens, nll, strict=True))
         ]
-        return Reading(np.array([1.0, 2.0, 10.0]), np.array([0.1, 0.3, 0.5]), replies, finite=True)
+        return Reading(np.array([1.0, 2.0, 10.0]), np.array([0.1, 0.3, 0.5]), replies, flaw=None)
 
     def test_each_split_averages_its_own_choices_and_replies(self) -> None:
         means = split_means(panel(tiny_replica(ARCHITECTURE)), self.reading([1.0, 5.0, 2.0], [[1], [2], [3]]))
@@ -305,6 +305,15 @@ class TestSteerJob:
         [alone] = self.run(halves, good)
         for name in ("log_odds", "kl"):
             assert mate.metrics["select"][name] == pytest.approx(alone.metrics["select"][name], abs=0.02)
+
+    def test_an_unsteered_model_whose_logits_are_nan_fails_too(
+        self, params: Callable[..., steer.Params]
+    ) -> None:
+        model = tiny_model("llama")
+        model.get_output_embeddings().weight.data[:] = float("nan")
+        [outcome] = self.run(Artifacts(Replica(model, tiny_tokenizer())), params(layer=0, dose=0.0))
+        assert outcome.status == Status.FAILED
+        assert "not finite" in str(outcome.reason)
 
     def test_a_layer_that_the_model_lacks_is_refused_with_those_it_has(
         self, artifacts: Artifacts, params: Callable[..., steer.Params]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from jobs.errors import SpecError
 from orchestrator import direction_figures, figures
 from orchestrator.canvas import DARK, LIGHT, Measure, to_png
-from orchestrator.direction_section import stored_directions
+from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
 from orchestrator.report import write_report
 from storage.artifacts import write_artifact
@@ -599,7 +599,7 @@ class TestDirections:
     def test_without_prompts_there_is_no_figure_of_positions(self, tmp_path: Path) -> None:
         path = make_sweep(tmp_path / "short", [], parameters=GRID)
         keep_directions(path, direction_arrays(positions=0))
-        [shown] = stored_directions(open_sweep(path)).shown
+        [shown] = read_section(open_sweep(path)).shown
         assert [*shown.images] == ["direction-1-layers", "direction-1-pairs"]
 
     def test_a_single_pair_has_no_area_and_an_empty_plane(self, tmp_path: Path) -> None:

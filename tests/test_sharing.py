@@ -32,7 +32,7 @@ def vector(seed: int) -> np.ndarray:
 def plain(replica: Replica, row: Sequence[Intervention], prompt: list[int]) -> torch.Tensor:
     """Logits of the next token from one whole pass over one prompt."""
     tables = row_tables(replica, [row])
-    with torch.inference_mode(), steered(replica, Steering(tables, [len(prompt)])):
+    with torch.inference_mode(), steered(replica, Steering(tables.tables, [len(prompt)])):
         return replica.logits([prompt], keep=1)[0, -1]
 
 

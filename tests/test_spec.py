@@ -168,15 +168,17 @@ class TestParams:
 
     @pytest.mark.parametrize("given", [[3, 1], (3, 1), [], "all"])
     def test_a_list_is_taken_for_a_tuple(self, given: Any) -> None:
-        params = make_params("jobs.capture", {"layers": given or [0], "offsets": given, "max_new_tokens": 1})
+        params = make_params(
+            "jobs.capture", {"capture_layers": given or [0], "offsets": given, "max_new_tokens": 1}
+        )
         expected = "all" if given == "all" else tuple(given)
         assert (params.layers, params.offsets) == (expected or (0,), expected)
         assert make_params("jobs.capture", json.loads(json.dumps(params_to_json(params)))) == params
 
     @pytest.mark.parametrize("given", [[1, "2"], [1, 2.0], [True], [[1]], 1, None, "some"])
     def test_a_list_with_anything_else_in_it_is_refused(self, given: Any) -> None:
-        with pytest.raises(SpecError, match=re.escape(f"jobs.capture: layers={given!r} is a ")):
-            make_params("jobs.capture", {"layers": given})
+        with pytest.raises(SpecError, match=re.escape(f"jobs.capture: capture_layers={given!r} is a ")):
+            make_params("jobs.capture", {"capture_layers": given})
 
     @pytest.mark.parametrize("job", JOBS)
     def test_params_survive_json(self, job: str) -> None:
@@ -400,7 +402,10 @@ class TestCodeVersion:
             ("reading/readout.py", {"jobs.steer"}),
             (
                 "reading/completions.py",
-                {"jobs.capability", "jobs.generate", "jobs.honesty", "jobs.judge", "jobs.steer"},
+                {
+                    *("jobs.capability", "jobs.capture", "jobs.generate"),
+                    *("jobs.honesty", "jobs.judge", "jobs.steer"),
+                },
             ),
             ("scoring/scorers.py", {"jobs.generate", "jobs.judge"}),
             ("extract.py", DIRECTED),

@@ -97,3 +97,29 @@ def test_graphs_replay_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {index: each.tokens for index, each in found.items()} == {
         index: each.tokens for index, each in expected.items()
     }
+
+
+def test_steps_that_cannot_be_recorded_are_made_one_by_one_and_counted_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = tiny_replica("llama")
+    decoding = Decoding(max_new_tokens=6, stops=False)
+    expected = completed(replica, decoding)
+    monkeypatch.setattr(decoding_module, "can_stay", lambda replica: True)
+    made = StaticStep.__init__
+
+    def replaying(self: StaticStep, *arguments: object) -> None:
+        made(self, *arguments)
+        self._replays = True
+
+    def refusing(self: StaticStep, slots: int) -> None:
+        self._step(slots)
+        raise RuntimeError("told to refuse")
+
+    monkeypatch.setattr(StaticStep, "__init__", replaying)
+    monkeypatch.setattr(StaticStep, "_recorded", refusing)
+    found = completed(replica, decoding)
+    assert "told to refuse" in caplog.text
+    for index, each in found.items():
+        assert each.tokens == expected[index].tokens
+        assert each.fired == each.intended

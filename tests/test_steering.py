@@ -145,6 +145,8 @@ def test_an_imported_vector_steers_as_it_stands_in_its_file(context: Artifacts, 
     [change] = interventions(context, wanted, extraction_of(wanted, pairs="tone_pairs"))
     assert isinstance(change, Add)
     np.testing.assert_allclose(change.vector, 3 * vector / np.linalg.norm(vector), rtol=1e-5)
+    other = extraction_of(wanted, pairs="formality_pairs")
+    assert other.pairs == "formality_pairs", "what a file's vectors are judged on is the user's choice"
     elsewhere = replace(wanted, layer=1)
     with pytest.raises(SpecError, match="layer 1 has no direction"):
         interventions(context, elsewhere, extraction_of(elsewhere, pairs="tone_pairs"))

@@ -19,6 +19,7 @@ import numpy as np
 
 from jobs.errors import SpecError
 
+VECTOR_SUFFIXES = (".safetensors", ".gguf")
 LAYER_CONVENTION = "output of block l, counted from 0"
 
 

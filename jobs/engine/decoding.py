@@ -97,6 +97,8 @@ def generate(
 ) -> Iterator[tuple[int, Continuation]]:
     """Completions of all work, each with its index, as soon as it is finished.
 
+    On a CPU lanes may go on between one completion and the next; see `lanes.side_by_side`.
+
     Args:
         replica: The model.
         prompts: Token ids; they may differ in length.

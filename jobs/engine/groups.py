@@ -131,11 +131,12 @@ def groups(
             order = sorted(range(len(part.prompts)), key=lambda place: -len(prompts[part.prompts[place]]))
             for begun in _begun_together(replica, rows, part.prefix):
                 reader.begin(begun)
+                chosen = set(begun)
                 pieces = [
                     _Piece(index, place, len(prompts[part.prompts[place]]) - part.prefix)
                     for place in order
                     for index in members[part.prompts[place]]
-                    if work[index][1] in begun
+                    if work[index][1] in chosen
                 ]
                 for cut in _cut(pieces, most, pass_tokens(replica)):
                     cut.sort(key=lambda piece: (tables.shared[work[piece.number][1]], piece.number))

@@ -92,6 +92,11 @@ class Span(NamedTuple):
     start_after_prompt: bool = False
     stop_after_prompt: bool = False
 
+    def among(self, prompt_tokens: int, tokens: int) -> range:
+        """Which of the first `tokens` of a text with such a prompt it holds."""
+        start = self.start + self.start_after_prompt * prompt_tokens
+        return range(start, min(self.stop + self.stop_after_prompt * prompt_tokens, tokens))
+
 
 class Terms(NamedTuple):
     """An intervention in the one form that all share: on its spans, (0 or 1) h - (h . unit) unit + add.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Semaphore
 
 import torch
 
@@ -19,6 +19,8 @@ from jobs.engine.skipping import separable
 LANES = 2
 _FEWEST = 128
 """With less work than that, one lane is as fast."""
+_MOST_WAITING = 64
+"""Findings that wait for a reader; then the lanes wait too."""
 
 Run = Callable[[Replica, list[int]], Iterator[tuple[int, Found]]]
 """Takes a replica and indices of work, and yields each with what it finds, within the replica's budgets."""
@@ -28,6 +30,9 @@ def side_by_side(
     replica: Replica, prompts: Sequence[int], indices: Sequence[int], run: Run[Found]
 ) -> Iterator[tuple[int, Found]]:
     """All that `run` finds, within the replica's memory, in lanes where that is faster.
+
+    Lanes go on between one finding and the next, until the iterator ends or is closed; meanwhile the caller's
+    own products have the threads of one lane, and what it starts on the same replica runs beside the lanes.
 
     Which lane a prompt takes depends on nothing but the work, so that a run repeated is the same.
 
@@ -40,15 +45,22 @@ def side_by_side(
     Raises:
         OutOfMemory: If even one at a time does not fit.
     """
-    lane_of = {
-        prompt: number % LANES for number, prompt in enumerate(dict.fromkeys(prompts[i] for i in indices))
-    }
-    enough = len(indices) >= _FEWEST and len(lane_of) >= LANES and torch.get_num_threads() >= LANES
-    if replica.device.type != "cpu" or not enough:
+    parts = _parts(prompts, indices)
+    worth_it = len(indices) >= _FEWEST and all(parts) and torch.get_num_threads() >= LANES
+    if replica.device.type != "cpu" or not worth_it or not replica.has_lanes.acquire(blocking=False):
         yield from within_memory(replica, indices, lambda left: run(replica, left))
         return
-    parts = [[index for index in indices if lane_of[prompts[index]] == lane] for lane in range(LANES)]
-    yield from _in_lanes(replica, parts, run)
+    try:
+        yield from _in_lanes(replica, parts, run)
+    finally:
+        replica.has_lanes.release()
+
+
+def _parts(prompts: Sequence[int], indices: Sequence[int]) -> list[list[int]]:
+    """Every other prompt in each lane."""
+    different = dict.fromkeys(prompts[index] for index in indices)
+    lane_of = {prompt: number % LANES for number, prompt in enumerate(different)}
+    return [[index for index in indices if lane_of[prompts[index]] == lane] for lane in range(LANES)]
 
 
 def _in_lanes(
@@ -59,27 +71,31 @@ def _in_lanes(
     stopped = Event()
     lanes = [replica.lane(number, of=len(parts), stopped=stopped) for number in range(len(parts))]
     found: SimpleQueue[tuple[int, tuple[int, Found] | None]] = SimpleQueue()
+    room = Semaphore(_MOST_WAITING)
 
     def work(number: int) -> None:
         lane = lanes[number]
         try:
             for each in within_memory(lane, parts[number], lambda left: run(lane, left)):
+                room.acquire()
                 found.put((number, each))
         finally:
             found.put((number, None))
 
     with _threads_each(len(parts)), ThreadPoolExecutor(len(parts)) as pool:
-        running = {number: pool.submit(work, number) for number in range(len(parts))}
         try:
+            running = {number: pool.submit(work, number) for number in range(len(parts))}
             while running:
                 number, each = found.get()
                 if each is None:
                     running.pop(number).result()
                 else:
+                    room.release()
                     yield each
         finally:
             stopped.set()
-            replica.token_budget = min(lane.token_budget for lane in lanes)
+            room.release(sum(map(len, parts)))
+            replica.token_budget = min(replica.token_budget, *(lane.token_budget for lane in lanes))
             replica.memory = min(replica.memory, len(parts) * min(lane.memory for lane in lanes))
 
 

@@ -48,13 +48,13 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def in_batches(
-    replica: Replica, lengths: Sequence[int], run: Callable[[list[int]], Sequence[Found]]
+    replica: Replica, costs: Sequence[int], run: Callable[[list[int]], Sequence[Found]]
 ) -> list[Found]:
     """What `run` finds for every sequence, in batches of at most `pass_tokens`.
 
     Args:
         replica: The model.
-        lengths: Tokens of each sequence, new tokens included.
+        costs: Tokens of the budget that each sequence takes: its own, new ones included, or more.
         run: Takes the indices of a batch and gives what it finds for each.
 
     Raises:
@@ -62,12 +62,12 @@ def in_batches(
     """
 
     def run_left(left: list[int]) -> Iterator[tuple[int, Found]]:
-        for batch in micro_batches([lengths[index] for index in left], pass_tokens(replica)):
+        for batch in micro_batches([costs[index] for index in left], pass_tokens(replica)):
             chosen = [left[place] for place in batch]
             yield from zip(chosen, run(chosen), strict=True)
 
-    found = dict(within_memory(replica, range(len(lengths)), run_left))
-    return [found[index] for index in range(len(lengths))]
+    found = dict(within_memory(replica, range(len(costs)), run_left))
+    return [found[index] for index in range(len(costs))]
 
 
 def within_memory(

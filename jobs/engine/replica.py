@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
-from threading import Event
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,7 @@ class Replica:
         memory: Most bytes of keys, values and activations that are kept from pass to pass.
         positions_ST: Of the pass that is running or ran last, the position of each token in its text,
             from 0; -1 marks padding.
+        has_lanes: Held while lanes run.
         separable: Whether a block can compute a part of its batch; None until `skipping` has tried it out.
     """
 
@@ -53,6 +54,7 @@ class Replica:
         self.token_budget = token_budget
         self.memory = memory
         self.positions_ST = torch.zeros((0, 0), dtype=torch.int64)
+        self.has_lanes = Lock()
         self.separable: bool | None = None
         self._kept: dict[Hashable, Any] = {}
         self._kept_by_lanes: dict[int, dict[Hashable, Any]] = {}
@@ -249,6 +251,13 @@ class Replica:
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that continues another one: no start token."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def single_token(self, text: str) -> int:
+        """The one token of a text that continues another one. Raises SpecError if it is several."""
+        tokens = self.encode_continuation(text)
+        if len(tokens) != 1:
+            raise SpecError(f"{text!r} is {len(tokens)} tokens of this model; it takes a text of one token")
+        return tokens[0]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -46,6 +46,7 @@ def skipping(replica: Replica, computed: Sequence[int], sequences: int, known: K
     """
     changed = [index for index, number in enumerate(computed) if number < sequences]
     as_tuples = replica.blocks_give_tuples
+    before: list[Any] = [vars(block).get("forward") for block in replica.blocks]
     try:
         for index in changed:
             replica.blocks[index].forward = _partly(
@@ -54,7 +55,9 @@ def skipping(replica: Replica, computed: Sequence[int], sequences: int, known: K
         yield
     finally:
         for index in changed:
-            replica.blocks[index].__dict__.pop("forward", None)
+            vars(replica.blocks[index]).pop("forward", None)
+            if before[index] is not None:
+                replica.blocks[index].forward = before[index]
 
 
 def _partly(

@@ -96,6 +96,8 @@ class StaticStep:
         if self._replays and slots not in self._graphs:
             try:
                 self._graphs[slots] = self._captured(slots)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 _LOG.warning("decoding without CUDA graphs, which this model's steps refuse: %s", error)
                 self._replays = False
@@ -107,6 +109,13 @@ class StaticStep:
 
     def _captured(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         counted = [fired_S.clone() for fired_S in self._steering.all_fired]
+        try:
+            return self._recorded(slots)
+        finally:
+            for fired_S, before_S in zip(self._steering.all_fired, counted, strict=True):
+                fired_S.copy_(before_S)
+
+    def _recorded(self, slots: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -118,8 +127,6 @@ class StaticStep:
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool):
             logits_SV = self._step(slots)
-        for fired_S, before_S in zip(self._steering.all_fired, counted, strict=True):
-            fired_S.copy_(before_S)
         return graph, logits_SV
 
     def _step(self, slots: int) -> Tensor:

@@ -4,7 +4,7 @@ What a row does, where and to which tokens is data, never code.
 R rows (configurations), S sequences, T tokens, K spans, D hidden.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,10 @@ class Table:
         )
 
 
+Tables = Mapping[Place, Sequence[Table]]
+"""What acts at each place, in its order."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowTables:
     """What the configurations of a pack do, ready for a replica.
@@ -81,42 +85,32 @@ class RowTables:
             unsteered model for the same text, new tokens included; counted as `shared` is.
         positions: For each row, the positions in the prompt that each of its interventions names.
         same: For each row, the first row that does the same.
+        spans: For each row, the tokens that are changed at each place.
     """
 
-    tables: Mapping[Place, Sequence[Table]]
+    tables: Tables
     shared: Sequence[int]
     untouched: Sequence[int]
     positions: Sequence[Sequence[tuple[int, ...]]]
     same: Sequence[int]
+    spans: Sequence[Mapping[Place, Sequence[Span]]]
 
     @property
     def rows(self) -> int:
         """Number of configurations."""
         return len(self.shared)
 
-    def take(self, rows: Sequence[int]) -> "RowTables":
+    def take(self, rows: Sequence[int]) -> Tables:
         """The tables of a batch whose sequence s belongs to row `rows[s]`."""
-        taken = {place: [table.take(rows) for table in stack] for place, stack in self.tables.items()}
-        return RowTables(
-            taken,
-            [self.shared[row] for row in rows],
-            [self.untouched[row] for row in rows],
-            [self.positions[row] for row in rows],
-            [self.same[row] for row in rows],
-        )
+        return {place: [table.take(rows) for table in stack] for place, stack in self.tables.items()}
 
     def intended(self, row: int, prompt_tokens: int, tokens: int) -> Counts:
-        """At how many of a text's first `tokens` the tables of each place are to change it."""
-        found = {}
-        for place, stack in self.tables.items():
-            spans = [span for table in stack for span in table.spans_RK4[row].tolist()]
-            number = sum(
-                len(range(start + after * prompt_tokens, min(stop + upto * prompt_tokens, tokens)))
-                for start, stop, after, upto in spans
-            )
-            if number:
-                found[place] = number
-        return found
+        """At how many of a text's first `tokens` the interventions at each place are to change it."""
+        found = {
+            place: sum(len(span.among(prompt_tokens, tokens)) for span in spans)
+            for place, spans in self.spans[row].items()
+        }
+        return {place: number for place, number in found.items() if number}
 
     def check_prompt(self, row: int, tokens: int) -> None:
         """Raises SpecError if the row names a position that such a prompt has not, or one twice."""
@@ -138,10 +132,11 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
         SpecError: If an intervention cannot be meant; the message names the row.
     """
     stacks: dict[Place, list[dict[int, Terms]]] = {}
-    shared, untouched, contents = [], [], []
+    shared, untouched, contents, spans = [], [], [], []
     for row, changes in enumerate(rows):
         depth = lowest = replica.layers + 1
-        content = []
+        content: list[Hashable] = []
+        acting: dict[Place, list[Span]] = {}
         for change in changes:
             try:
                 found = terms(change, hidden=replica.hidden_size, layers=replica.layers)
@@ -156,12 +151,15 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
                 stack.append(free := {})
             free[row] = found
             content.append((place, found.content))
-            lowest = min(lowest, change.layer + (change.site == "after"))
+            acting.setdefault(place, []).extend(found.spans)
+            own = change.layer + (change.site == "after")
+            lowest = min(lowest, own)
             if change.tokens != "generated":
-                depth = lowest
+                depth = min(depth, own)
         shared.append(depth)
         untouched.append(lowest)
         contents.append(tuple(content))
+        spans.append(acting)
     tables = {
         place: [_table(replica, place, table, len(rows)) for table in stack]
         for place, stack in stacks.items()
@@ -169,7 +167,9 @@ def row_tables(replica: Replica, rows: Sequence[Sequence[Intervention]]) -> RowT
     positions = [
         [change.tokens for change in changes if isinstance(change.tokens, tuple)] for changes in rows
     ]
-    return RowTables(tables, shared, untouched, positions, [contents.index(content) for content in contents])
+    first: dict[Hashable, int] = {}
+    same = [first.setdefault(content, row) for row, content in enumerate(contents)]
+    return RowTables(tables, shared, untouched, positions, same, spans)
 
 
 def _table(replica: Replica, place: Place, rows: Mapping[int, Terms], number: int) -> Table:
@@ -207,19 +207,17 @@ class Steering:
         fired: Place -> for each of its tables, tokens at which each sequence was changed, shape (S,).
     """
 
-    def __init__(self, tables: RowTables, prompt_tokens: Sequence[int]) -> None:
-        self.tables = tables.tables
+    def __init__(self, tables: Tables, prompt_tokens: Sequence[int]) -> None:
+        self.tables = tables
         prompt_S = torch.tensor(prompt_tokens)
-        self._prompt_S = {
-            place: prompt_S.to(stack[0].add_RKD.device) for place, stack in tables.tables.items()
-        }
+        self._prompt_S = {place: prompt_S.to(stack[0].add_RKD.device) for place, stack in tables.items()}
         self._sequences = len(prompt_tokens)
         self.fired = {
             place: [
                 torch.zeros(len(prompt_tokens), dtype=torch.int64, device=table.add_RKD.device)
                 for table in stack
             ]
-            for place, stack in tables.tables.items()
+            for place, stack in tables.items()
         }
 
     def change(self, place: Place, h_STD: Tensor, positions_ST: Tensor) -> Tensor:
@@ -251,7 +249,7 @@ class Steering:
         """The counters of all tables."""
         return [fired_S for stack in self.fired.values() for fired_S in stack]
 
-    def load(self, tables: RowTables, prompt_tokens: Sequence[int]) -> None:
+    def load(self, tables: Tables, prompt_tokens: Sequence[int]) -> None:
         """Let the first sequences be others, in the same memory, and begin to count at 0.
 
         Args:
@@ -260,7 +258,7 @@ class Steering:
         """
         for place, stack in self.tables.items():
             self._prompt_S[place][: len(prompt_tokens)] = torch.tensor(prompt_tokens)
-            for mine, theirs in zip(stack, tables.tables[place], strict=True):
+            for mine, theirs in zip(stack, tables[place], strict=True):
                 mine.load(theirs)
         for fired_S in self.all_fired:
             fired_S.zero_()

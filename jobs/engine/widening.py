@@ -27,10 +27,14 @@ def widen_products(model: nn.Module) -> None:
     That is what a product of half-precision numbers means: torch adds up in float32 too, in another order.
     The weights stay as they are.
     """
-    for module in model.modules():
-        on_cpu = type(module) is nn.Linear and module.weight.device.type == "cpu"
-        if on_cpu and not multiplies(module.weight.dtype):
-            module.forward = MethodType(_widened, module)
+    on_cpu = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and module.weight.device.type == "cpu"
+    ]
+    for module in on_cpu:
+        if not multiplies(module.weight.dtype):
+            module.forward = MethodType(_widened, module)  # type: ignore[method-assign]
 
 
 def _widened(layer: nn.Linear, input: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def lens(replica: Replica, vectors_LD: np.ndarray) -> dict[str, np.ndarray]:
     for start in range(0, len(vectors_RD), _ROWS_A_PASS):
         part = vectors_RD[start : start + _ROWS_A_PASS]
         tables = row_tables(replica, [[Replace(layer=last, tokens=(-1,), vector=vector)] for vector in part])
-        with steered(replica, Steering(tables, [1] * len(part))):
+        with steered(replica, Steering(tables.tables, [1] * len(part))):
             logits_RV = replica.logits([[replica.pad_id]] * len(part), keep=1)[:, 0]
         best.append(logits_RV.float().topk(min(TOP_TOKENS, logits_RV.shape[1])))
     shape = (len(vectors_LD), 2, -1)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from jobs.directions.vector_files import VECTOR_SUFFIXES
+
 if TYPE_CHECKING:
     from jobs.directions.contrast import Rows
 
@@ -18,7 +20,6 @@ PRINCIPAL: "Mapping[str, Rows]" = {
     "pca_centred_differences": "centred_differences",
 }
 """Methods that take a principal component, and what of."""
-VECTOR_SUFFIXES = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

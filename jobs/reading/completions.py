@@ -97,8 +97,8 @@ def converse(
 ) -> Iterator[int]:
     """Hold conversations turn by turn, each turn in shared batches; their threads take the replies in.
 
-    A thread whose logits are not finite, or that has outgrown the model's context, gets a flaw and no
-    further replies.
+    A thread whose logits are not finite, whose steering missed a token, or that has outgrown the model's
+    context gets a flaw and no further replies.
 
     Args:
         replica: The model.

@@ -133,7 +133,7 @@ class Exam:
     def _surprises(self, tables: RowTables) -> Iterator[tuple[int, tuple[np.ndarray, str | None]]]:
         """For each row, the nats of each passage, and where steering did not act as it was to."""
         tokens = sum(len(passage.tokens) for passage in self.passages)
-        together = max(1, pass_tokens(self.replica) // tokens)
+        together = max(1, pass_tokens(self.replica) // max(1, tokens))
 
         def read(rows: list[int]) -> Iterator[tuple[int, tuple[np.ndarray, str | None]]]:
             for start in range(0, len(rows), together):

@@ -15,8 +15,7 @@ from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.groups import in_parts, next_token
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
-from jobs.errors import SpecError
-from jobs.reading.completions import missed
+from jobs.reading.completions import NOT_FINITE, flaw_of
 from jobs.reading.rereading import unsteered_nll
 from jobs.scoring import logits, text
 
@@ -46,15 +45,13 @@ class Reading(NamedTuple):
         log_odds_N: Positive over negative continuation a choice, nats, shape (choices,), float64.
         kl_N: KL(unsteered || steered) of the next token a choice, nats, shape (choices,), float64.
         completions: Replies to the open prompts.
-        finite: Whether all logits were finite; a reply ends before the first that were not.
-        missed: Where other tokens were changed than were to be, in a sentence; None if nowhere.
+        flaw: Why it says nothing about its configuration; None if nothing is wrong.
     """
 
     log_odds_N: np.ndarray
     kl_N: np.ndarray
     completions: list[Completion]
-    finite: bool
-    missed: str | None = None
+    flaw: str | None
 
 
 class Panel:
@@ -76,20 +73,13 @@ class Panel:
             replica.encode(f"Question: {choice.user}\nAnswer: {choice.answer}") for choice in choices
         ]
         self._prompt_ids = [replica.encode_chat(prompt.prompt) for prompt in prompts]
-        self._positive = torch.tensor([self._single_token(choice.positive) for choice in choices])
-        self._negative = torch.tensor([self._single_token(choice.negative) for choice in choices])
-
-    def _single_token(self, word: str) -> int:
-        tokens = self.replica.encode_continuation(word)
-        if len(tokens) != 1:
-            raise SpecError(
-                f"{word!r} is {len(tokens)} tokens of this model; a choice takes words of one token"
-            )
-        return tokens[0]
+        self._positive = torch.tensor([replica.single_token(choice.positive) for choice in choices])
+        self._negative = torch.tensor([replica.single_token(choice.negative) for choice in choices])
 
     def unsteered(self) -> Tensor:
         """Log-probabilities of the next token after each choice, shape (choices, vocabulary)."""
-        return self._next_token(row_tables(self.replica, [[]]), 0)
+        found = dict(self._answers(row_tables(self.replica, [[]])))
+        return torch.stack([found[choice] for choice in range(len(self.choices))])
 
     def read(self, tables: RowTables, reference_NV: Tensor) -> Iterator[tuple[int, Reading]]:
         """Readings of every row, each once its last reply is finished.
@@ -98,23 +88,28 @@ class Panel:
             tables: What each row does where.
             reference_NV: What `unsteered` returned, float32 or wider.
         """
+        judged = dict(in_parts(self._judged(tables, reference_NV), len(self.choices)))
         for row, replies in self._complete(tables):
-            found_NV = self._next_token(tables, row)
-            log_odds_N = logits.log_odds(found_NV, self._positive, self._negative)
-            kl_N = logits.kl_divergence(reference_NV, found_NV)
-            finite = bool(found_NV.isfinite().all()) and all(reply.finite for reply in replies)
-            completions = self._scored([reply.tokens for reply in replies])
-            missing = next(filter(None, (missed(reply.fired, reply.intended) for reply in replies)), None)
-            yield (
-                row,
-                Reading(log_odds_N.double().numpy(), kl_N.double().numpy(), completions, finite, missing),
-            )
+            log_odds_N, kl_N = np.array(judged.pop(row)).T
+            flaw = None if np.isfinite([log_odds_N, kl_N]).all() else NOT_FINITE
+            flaw = next(filter(None, map(flaw_of, replies)), flaw)
+            yield row, Reading(log_odds_N, kl_N, self._scored([reply.tokens for reply in replies]), flaw)
 
-    def _next_token(self, tables: RowTables, row: int) -> Tensor:
-        """Log-probabilities of the next token, shape (choices, vocabulary), on the CPU."""
-        work = [(choice, row) for choice in range(len(self.choices))]
-        found = dict(next_token(self.replica, self._choice_ids, tables, work))
-        return torch.stack([logits.log_probabilities(found[choice]).cpu() for choice in range(len(work))])
+    def _judged(self, tables: RowTables, reference_NV: Tensor) -> Iterator[tuple[int, tuple[float, float]]]:
+        """Log-odds and KL of every choice under every row; read at once, as logits are large."""
+        for index, found_V in self._answers(tables):
+            choice = index % len(self.choices)
+            one = slice(choice, choice + 1)
+            odds_1 = logits.log_odds(found_V[None], self._positive[one], self._negative[one])
+            kl_1 = logits.kl_divergence(reference_NV[one], found_V[None])
+            yield index, (float(odds_1), float(kl_1))
+
+    def _answers(self, tables: RowTables) -> Iterator[tuple[int, Tensor]]:
+        """Log-probabilities of the next token after every choice under every row, on the CPU."""
+        number = len(self.choices)
+        work = [(choice, row) for row in range(tables.rows) for choice in range(number)]
+        for index, logits_V in next_token(self.replica, self._choice_ids, tables, work):
+            yield index, logits.log_probabilities(logits_V).cpu()
 
     def _complete(self, tables: RowTables) -> Iterator[tuple[int, list[Continuation]]]:
         """Replies of every row, each row once its last reply is finished."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jobs.engine.memory import in_batches
+from jobs.engine.memory import in_batches, pass_tokens
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, Steering, steered
 from jobs.reading.completions import Reply
@@ -27,14 +27,17 @@ def unsteered_nll(
 ) -> list[float]:
     """Mean -ln p of each completion under the unsteered model, nats a token; NaN where it is empty."""
     filled = [index for index, tokens in enumerate(completions) if tokens]
-    lengths = [len(prompts[index]) + len(completions[index]) for index in filled]
+    costs = [
+        cost(replica, len(prompts[index]) + len(completions[index]), kept=len(completions[index]) + 1)
+        for index in filled
+    ]
 
     def score(batch: list[int]) -> list[float]:
         new = [completions[filled[place]] for place in batch]
         found = _predictions(replica, [prompts[filled[place]] for place in batch], new)
         return [_nll(logits_TV, tokens) for logits_TV, tokens in zip(found, new, strict=True)]
 
-    scores = dict(zip(filled, in_batches(replica, lengths, score), strict=True))
+    scores = dict(zip(filled, in_batches(replica, costs, score), strict=True))
     return [scores.get(index, math.nan) for index in range(len(completions))]
 
 
@@ -92,13 +95,13 @@ def reread_together(
         tables: The configurations.
     """
     waiting: list[tuple[int, Sequence[Reply]]] = []
-    cost = 0
+    spent = 0
     for row, replies in finished:
         waiting.append((row, replies))
-        cost += sum(_cost(replica, reply) for reply in replies)
-        if cost >= replica.token_budget:
+        spent += sum(_cost(replica, reply) for reply in replies)
+        if spent >= pass_tokens(replica):
             yield from _reread_rows(replica, waiting, tables)
-            waiting, cost = [], 0
+            waiting, spent = [], 0
     yield from _reread_rows(replica, waiting, tables)
 
 

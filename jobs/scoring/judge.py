@@ -16,18 +16,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jobs.errors import SpecError
-from jobs.spec import Metric, canonical_json
-
-VERSION = 1
-"""Version of the template and of how verdicts are read."""
-
-METRIC = Metric("-1, 0 or 1", "1 if both orders prefer the first text, -1 the second, 0 if they differ")
+from jobs.spec import canonical_json
 
 TEMPLATE = """\
 Two texts answer the same prompt. Compare them by this question alone:
@@ -103,12 +98,6 @@ class Judge:
                 f"judge: attempts={self.attempts}, concurrency={self.concurrency}, "
                 f"timeout_seconds={self.timeout_seconds}; they take 1 or more, and seconds above 0"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """What decides a verdict, as plain JSON: nothing of the key or of patience."""
-        template = hashlib.sha256(TEMPLATE.encode()).hexdigest()[:16]
-        asked = {"base_url": self.base_url, "model": self.model, "question": self.question}
-        return asked | {"request": dict(self.request), "template": template}
 
 
 def _check_address(base_url: str) -> None:
@@ -234,18 +223,6 @@ class _Answer(NamedTuple):
 def _comparison(in_order: _Answer, swapped: _Answer) -> Comparison:
     value = combine(in_order.reply, swapped.reply)
     return Comparison(value, (in_order.reply, swapped.reply), (in_order.error, swapped.error))
-
-
-def score_rows(judge: Judge, comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
-    """Rows to store, in the form of `scorers.apply_scorers`, with the replies and errors beside the value."""
-    head = {"scorer": "judge", "version": VERSION, "options": canonical_json(judge.to_json())}
-    return [
-        head
-        | {"item": place, "value": found.value, "parsed": found.parsed}
-        | {"reply": found.replies[0], "reply_swapped": found.replies[1]}
-        | {"error": found.errors[0], "error_swapped": found.errors[1]}
-        for place, found in enumerate(comparisons)
-    ]
 
 
 class _Key:
