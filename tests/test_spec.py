@@ -172,7 +172,7 @@ class TestParams:
             "jobs.capture", {"capture_layers": given or [0], "offsets": given, "max_new_tokens": 1}
         )
         expected = "all" if given == "all" else tuple(given)
-        assert (params.layers, params.offsets) == (expected or (0,), expected)
+        assert (params.capture_layers, params.offsets) == (expected or (0,), expected)
         assert make_params("jobs.capture", json.loads(json.dumps(params_to_json(params)))) == params
 
     @pytest.mark.parametrize("given", [[1, "2"], [1, 2.0], [True], [[1]], 1, None, "some"])
