@@ -175,6 +175,13 @@ def test_memory_that_runs_out_in_a_lane_loses_no_row() -> None:
     assert replica.token_budget < 64
 
 
+def test_what_a_replica_may_keep_is_the_same_after_lanes() -> None:
+    replica = tiny_replica("llama")
+    replica.memory = 2**20 + 1
+    completed(replica, Decoding(max_new_tokens=2))
+    assert replica.memory == 2**20 + 1
+
+
 def test_what_is_started_while_lanes_run_runs_beside_them(threads_of_passes: set[str]) -> None:
     replica = tiny_replica("llama")
     expected = completed(tiny_replica("llama"), Decoding(max_new_tokens=20))

@@ -68,7 +68,7 @@ def _in_lanes(
 ) -> Iterator[tuple[int, Found]]:
     # Tried out once, not in each lane.
     _ = separable(replica), replica.cache_bytes, replica.blocks_give_tuples
-    stopped = Event()
+    stopped, given = Event(), replica.memory // len(parts)
     lanes = [replica.lane(number, of=len(parts), stopped=stopped) for number in range(len(parts))]
     found: SimpleQueue[tuple[int, tuple[int, Found] | None]] = SimpleQueue()
     room = Semaphore(_MOST_WAITING)
@@ -96,7 +96,9 @@ def _in_lanes(
             stopped.set()
             room.release(sum(map(len, parts)))
             replica.token_budget = min(replica.token_budget, *(lane.token_budget for lane in lanes))
-            replica.memory = min(replica.memory, len(parts) * min(lane.memory for lane in lanes))
+            least = min(lane.memory for lane in lanes)
+            if least < given:
+                replica.memory = min(replica.memory, len(parts) * least)
 
 
 @contextmanager
