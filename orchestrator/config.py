@@ -40,7 +40,7 @@ class RunConfig(BaseModel):
     model: str = Field("smollm2-135m", min_length=1)
     dtype: Literal["float32", "float64", "bfloat16", "float16", "int8", "int4"] = "float32"
     trust_remote_code: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**53)
     sampler: Sampler | None = None
     trials: int | None = Field(None, ge=1)
     workers: int = Field(2, ge=1)

@@ -215,6 +215,60 @@ def test_a_row_whose_logits_are_not_finite_ends_and_its_batch_mates_go_on() -> N
     assert found[1].tokens == plain(replica, PROMPTS[0], [], 4)[0]
 
 
+@pytest.mark.parametrize("slots", [3, 30])
+def test_what_is_not_finite_is_gone_when_another_sequence_takes_its_slot(slots: int) -> None:
+    replica = replica_of("llama")
+    broken = [Add(layer=1, vector=np.full(HIDDEN, 1e308)), Add(layer=2, vector=np.full(HIDDEN, 1e308))]
+    rows: list[list[Intervention]] = [[], broken, [Add(layer=0, vector=vector(1))]]
+    prompts = [list(range(5, 6 + length)) for length in (30, 4, 12, 1, 25, 3, 18, 2, 9, 21)]
+    work = [Work(prompt, row) for prompt in range(len(prompts)) for row in range(len(rows))]
+    decoding = Decoding(max_new_tokens=8, slots=slots)
+    for index, found in generate(replica, prompts, row_tables(replica, rows), work, decoding):
+        prompt, row, _ = work[index]
+        assert found.finite == (row != 1)
+        assert row == 1 or found.tokens == plain(replica, prompts[prompt], rows[row], 8)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "row", "named"),
+    [
+        ([5], -1, r"prompt 0 under row -1; there are 1 prompts and 1 rows"),
+        ([5], 1, r"prompt 0 under row 1"),
+        ([], 0, "prompt 0: the text has no token"),
+        ([5, 10**6], 0, "prompt 0: tokens from 5 to 1000000"),
+    ],
+)
+def test_work_that_is_not_there_is_refused(prompt: list[int], row: int, named: str) -> None:
+    replica = replica_of("llama")
+    with pytest.raises(SpecError, match=named):
+        next(
+            generate(replica, [prompt], row_tables(replica, [[]]), [Work(0, row)], Decoding(max_new_tokens=1))
+        )
+
+
+def test_a_rotary_embedding_with_factors_for_long_texts_takes_short_ones() -> None:
+    replica = tiny_replica("llama")
+    replica.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    with pytest.raises(SpecError, match="context of 16"):
+        replica.check_text([5] * 17)
+
+
+def test_a_temperature_close_to_0_draws_the_likeliest_token() -> None:
+    logits_SV = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -6.0, -float("inf")]])
+    for temperature in (1e-310, 1e-5):
+        tokens = choose(
+            logits_SV, Sampling(temperature=temperature), texts=[[], []], generators=generators(0, 1)
+        )
+        assert tokens == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_sampling_takes_what_has_a_meaning(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Sampling(**{name: value})
+
+
 @pytest.mark.parametrize("tokens", [(7,), (-8,), (0, -7)])
 def test_a_position_that_a_prompt_has_not_is_refused_before_anything_runs(tokens: tuple[int, ...]) -> None:
     replica = replica_of("llama")
@@ -249,9 +303,26 @@ def test_a_text_longer_than_the_context_is_refused_before_anything_runs() -> Non
         (Add(layer=0, vector=vector(0, 2)), "shape \\(2, "),
         (Add(layer=0, vector=vector(0), tokens=(1, 1)), "distinct positions"),
         (ProjectOut(layer=0, direction=np.zeros(HIDDEN)), "points nowhere"),
+        (Add(layer=0, vector=[1.0] * HIDDEN), "is a list"),  # type: ignore[arg-type]
+        (Add(layer=0, vector=vector(0) * 1j), "complex128 array"),
+        (Add(layer=1.0, vector=vector(0)), "layer 1.0"),  # type: ignore[arg-type]
+        (Add(layer=0, vector=vector(0), tokens=(1.5,)), "distinct positions"),  # type: ignore[arg-type]
         (Clamp(layer=0, direction=vector(0), value=float("inf")), "value=inf"),
     ],
 )
 def test_an_intervention_that_cannot_be_meant_names_its_row(change: Intervention, named: str) -> None:
     with pytest.raises(SpecError, match=f"row 1: .*{named}"):
         row_tables(replica_of("llama"), [[], [change]])
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_the_length_of_a_direction_does_not_matter(size: float) -> None:
+    replica = replica_of("llama")
+    rows: list[list[Intervention]] = [
+        [ProjectOut(layer=1, direction=factor * vector(0))] for factor in (1.0, size)
+    ]
+    one, other = (
+        logits
+        for _, logits in sorted(next_token(replica, PROMPTS[:1], row_tables(replica, rows), [(0, 0), (0, 1)]))
+    )
+    torch.testing.assert_close(one, other)

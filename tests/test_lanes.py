@@ -115,14 +115,28 @@ def test_weights_that_are_ablated_are_ablated_in_lanes(monkeypatch: pytest.Monke
     }
 
 
-def test_what_a_lane_keeps_is_there_for_the_next_call() -> None:
+def test_what_a_lane_keeps_is_there_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = tiny_replica("llama")
     work = [(prompt, 0) for prompt in range(len(PROMPTS))]
     tables = row_tables(replica, [[]])
     expected = dict(next_token(replica, PROMPTS, tables, work))
-    replica.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Replica, "forward", lambda *_, **__: pytest.fail("computed again"))
     found = dict(next_token(replica, PROMPTS, tables, work))
     assert all(torch.equal(found[index], expected[index]) for index in expected)
+
+
+def test_the_threads_come_back_in_whichever_order_lanes_end() -> None:
+    torch.set_num_threads(4)
+    decoding = Decoding(max_new_tokens=50, stops=False)
+    running = []
+    for _ in range(2):
+        replica = tiny_replica("llama")
+        running.append(generate(replica, PROMPTS, row_tables(replica, ROWS), WORK, decoding))
+        next(running[-1])
+    for found in running:
+        assert torch.get_num_threads() == 2
+        found.close()
+    assert torch.get_num_threads() == 4
 
 
 def test_an_error_in_one_lane_ends_the_other_and_is_raised() -> None:

@@ -503,6 +503,8 @@ class TestNormalForms:
             ("-.5", "-0.5"),
             ("x = 5", "x=5"),
             ("", ""),
+            ("2...", "2"),
+            pytest.param("." * 50_000 + "x", "." * 50_000 + "x", id="many full stops"),
         ],
     )
     def test_layout_is_dropped_and_algebra_is_not_done(self, text: str, form: str) -> None:

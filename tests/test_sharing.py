@@ -80,12 +80,31 @@ def test_a_shared_beginning_is_read_once_a_configuration_and_blocks_below_once_a
     assert tokens == {0: once, LAYERS - 1: once + 3 * once}
 
 
-def test_unsteered_prompts_are_kept_for_the_next_call() -> None:
+def test_unsteered_prompts_are_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = tiny_replica("llama")
     tables = row_tables(replica, [[]])
     expected = dict(next_token(replica, PROMPTS, tables, [(0, 0)]))
-    replica.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Replica, "forward", lambda *_, **__: pytest.fail("computed again"))
     assert torch.equal(dict(next_token(replica, PROMPTS, tables, [(0, 0)]))[0], expected[0])
+
+
+def test_what_is_kept_is_made_anew_where_hooks_or_weights_changed() -> None:
+    replica, work = tiny_replica("llama"), [(0, 0), (0, 1)]
+    tables = row_tables(replica, [[], [Add(layer=2, vector=vector(0))]])
+
+    def found() -> list[torch.Tensor]:
+        return [logits for _, logits in sorted(next_token(replica, PROMPTS, tables, work))]
+
+    first = found()
+    handle = replica.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0] + 1, *inputs[1:]))
+    hooked = found()
+    handle.remove()
+    for before, after, again in zip(first, hooked, found(), strict=True):
+        assert not torch.allclose(before, after)
+        assert torch.equal(before, again)
+    next(replica.blocks[0].parameters()).mul_(3)
+    for before, after in zip(first, found(), strict=True):
+        assert not torch.allclose(before, after)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +139,10 @@ def test_prompts_are_cut_where_two_long_beginnings_save_more_than_a_short_one() 
 
 
 def test_windows_of_attention_share_no_beginning() -> None:
-    replica = tiny_replica("mistral")
-    [family] = families(replica, PROMPTS, range(3), row_tables(replica, [[]]))
-    assert family.prefix == 0
+    for replica in (tiny_replica("mistral"), tiny_replica("llama")):
+        replica.model.config.attention_chunk_size = 8
+        [family] = families(replica, PROMPTS, range(3), row_tables(replica, [[]]))
+        assert family.prefix == 0
 
 
 @given(
@@ -233,14 +253,33 @@ def test_a_model_that_hands_on_what_cannot_be_cut_computes_whole_batches() -> No
 
     def with_biases(*arguments: object, **options: object) -> object:
         h_STD = arguments[0] if arguments else options["hidden_states"]
-        if len(h_STD) != sequences[0]:
+        if len(h_STD) != len(replica.positions_ST):
             raise RuntimeError("The size of tensor a must match the size of tensor b")
         return forward(*arguments, **options)
 
-    sequences = [3]
     attention.forward = with_biases
     assert not separable(replica)
     assert first_sequences(replica, [1, 2, 4]) == [0, 3, 3, 3]
+
+
+def test_what_is_as_long_as_the_batch_only_where_there_are_as_many_heads_is_noticed() -> None:
+    replica = tiny_replica("llama")
+    heads = replica.model.config.num_attention_heads
+    attention = replica.parts[0].attention
+    forward = attention.forward
+
+    def with_biases(*arguments: object, biases: torch.Tensor, **options: object) -> object:
+        if len(biases) != heads:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        return forward(*arguments, **options)
+
+    def handed_on(block: object, arguments: tuple[object, ...], options: dict[str, object]) -> object:
+        return arguments, {**options, "biases": torch.zeros(heads, 1, 1)}
+
+    attention.forward = with_biases
+    replica.blocks[0].register_forward_pre_hook(handed_on, with_kwargs=True)
+    assert heads != 3
+    assert not separable(replica)
 
 
 def test_the_blocks_compute_again_after_an_exception() -> None:

@@ -9,7 +9,7 @@ from jobs.engine.decoding import Continuation, Decoding, Work, generate
 from jobs.engine.interventions import Add, Clamp, Intervention, ProjectOut
 from jobs.engine.replica import Replica
 from jobs.engine.sampling import Sampling
-from jobs.engine.static import StaticStep, can_stay
+from jobs.engine.static import StaticStep, can_stay, takes_masks
 from jobs.engine.tables import row_tables
 from tests.models import ARCHITECTURES, HIDDEN, tiny_replica
 
@@ -83,6 +83,18 @@ def test_rows_that_stop_leave_and_smaller_steps_go_on(monkeypatch: pytest.Monkey
 def test_windows_of_attention_and_the_cpu_do_not_stay() -> None:
     assert not can_stay(tiny_replica("mistral"))
     assert not can_stay(tiny_replica("llama"))
+
+
+def test_attention_that_makes_more_of_a_mask_takes_no_static_steps() -> None:
+    assert takes_masks(tiny_replica("llama"))
+    assert not takes_masks(tiny_replica("mistral"))
+    for name, value in (("attention_chunk_size", 8), ("alibi", True)):
+        replica = tiny_replica("llama")
+        setattr(replica.model.config, name, value)
+        assert not takes_masks(replica)
+    eager = tiny_replica("llama")
+    eager.model.set_attn_implementation("eager")
+    assert not takes_masks(eager)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from jobs.engine.interventions import normalised
 from jobs.engine.replica import Replica
 from jobs.errors import ModelError, SpecError
 
@@ -100,7 +101,7 @@ def span(directions: np.ndarray, hidden: int) -> np.ndarray:
             raise SpecError(f"direction {row} holds NaN or an infinity; extract it again")
         if not direction_D.any():
             raise SpecError(f"direction {row} is 0 and points nowhere; leave it out")
-    units_KD = rows_KD / np.linalg.norm(rows_KD, axis=1, keepdims=True)
+    units_KD = np.stack([normalised(direction_D) for direction_D in rows_KD])
     _, sizes, basis_KD = np.linalg.svd(units_KD, full_matrices=False)
     spanned: np.ndarray = basis_KD[sizes > _DEPENDENT * sizes[0]]
     return spanned

@@ -117,6 +117,9 @@ class KeyValues(Cache):
     def take_in(self, slots: Sequence[int], other: "KeyValues") -> None:
         """Copy the first sequences of another cache into these slots, their last token at `length`."""
         for mine, theirs in zip(self.by_layer, other.by_layer, strict=True):
+            # What is masked still counts if it is not a number.
+            for left_behind in mine.states:
+                left_behind[list(slots)] = 0
             states = [states[: len(slots), :, : other.length] for states in theirs.states]
             mine.put(list(slots), self.length - other.length, states)
 
@@ -144,4 +147,5 @@ class KeyValues(Cache):
         for layer in self.by_layer:
             for states in layer.states:
                 states[:, :, :kept] = states[:, :, tokens : self.length].clone()
+                states[:, :, kept : self.length] = 0
         self.length = kept

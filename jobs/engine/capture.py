@@ -284,8 +284,12 @@ def capture_last(replica: Replica, prompts: Sequence[Sequence[int]], *, offset: 
         Shape (prompts, layers, hidden), the model's dtype, on the CPU.
 
     Raises:
-        SpecError: If a prompt is shorter than `offset`.
+        SpecError: If there is no prompt, or one is shorter than `offset`.
     """
+    if not prompts or offset < 1:
+        raise SpecError(f"{len(prompts)} prompts, offset={offset}; each takes 1 or more")
+    for prompt in prompts:
+        replica.check_text(prompt)
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) < offset:
         raise SpecError(

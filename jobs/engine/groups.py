@@ -98,12 +98,23 @@ def check_work(
     *,
     new_tokens: int = 0,
 ) -> None:
-    """Raises SpecError if a text exceeds the context, or a row names a position that its prompt has not."""
+    """Raises SpecError if the work cannot be meant.
+
+    That is if a prompt or a row does not exist, the model cannot read the prompt, or the row names a position
+    that the prompt has not.
+    """
     for prompt, row in dict.fromkeys(work):
+        if not (0 <= prompt < len(prompts) and 0 <= row < tables.rows):
+            raise SpecError(
+                f"prompt {prompt} under row {row}; there are {len(prompts)} prompts and {tables.rows} rows, "
+                "both counted from 0"
+            )
+    for prompt in dict.fromkeys(prompt for prompt, _ in work):
         try:
-            replica.check_length(len(prompts[prompt]) + new_tokens)
+            replica.check_text(prompts[prompt], new_tokens=new_tokens)
         except SpecError as error:
             raise SpecError(f"prompt {prompt}: {error}") from error
+    for prompt, row in dict.fromkeys(work):
         tables.check_prompt(row, len(prompts[prompt]))
 
 

@@ -135,8 +135,8 @@ def terms(change: Intervention, *, hidden: int, layers: int) -> Terms:
     Raises:
         SpecError: If layer, site, tokens or vector cannot be meant.
     """
-    if not 0 <= change.layer < layers:
-        raise SpecError(f"layer {change.layer} does not exist; the model has 0 to {layers - 1}")
+    if not (_whole(change.layer) and 0 <= change.layer < layers):
+        raise SpecError(f"layer {change.layer!r} does not exist; the model has 0 to {layers - 1}")
     if change.site not in SITES:
         raise SpecError(f"site {change.site!r} does not exist; there are {list(SITES)}")
     spans = _spans(change.tokens)
@@ -156,6 +156,10 @@ def terms(change: Intervention, *, hidden: int, layers: int) -> Terms:
     raise SpecError(f"{type(change).__name__} is no intervention; there are Add, ProjectOut, Clamp, Replace")
 
 
+def _whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
 def _spans(tokens: Tokens) -> tuple[Span, ...]:
     match tokens:
         case "all":
@@ -164,7 +168,7 @@ def _spans(tokens: Tokens) -> tuple[Span, ...]:
             return (Span(0, 0, stop_after_prompt=True),)
         case "generated":
             return (Span(0, ENDLESS, start_after_prompt=True),)
-        case tuple() if tokens and len(set(tokens)) == len(tokens):
+        case tuple() if tokens and all(map(_whole, tokens)) and len(set(tokens)) == len(tokens):
             return tuple(Span(at, at + 1, at < 0, at < 0) for at in tokens)
     raise SpecError(
         f"tokens={tokens!r}; it takes 'all', 'prompt', 'generated' or a tuple of distinct positions"
@@ -172,28 +176,37 @@ def _spans(tokens: Tokens) -> tuple[Span, ...]:
 
 
 def _vectors(vector: np.ndarray, spans: Sequence[Span], hidden: int) -> np.ndarray:
+    _check_array(vector)
     rows = vector[None] if vector.ndim == 1 else vector
     if rows.shape not in ((1, hidden), (len(spans), hidden)):
         raise SpecError(
             f"vector of shape {vector.shape}; this takes ({hidden},)"
             + (f" or ({len(spans)}, {hidden})" if len(spans) > 1 else "")
         )
-    _check_finite(rows)
     return np.broadcast_to(rows, (len(spans), hidden)).astype(np.float64)
 
 
 def _unit(direction: np.ndarray, hidden: int) -> np.ndarray:
+    _check_array(direction)
     if direction.shape != (hidden,):
         raise SpecError(f"direction of shape {direction.shape}; this takes ({hidden},)")
-    _check_finite(direction)
-    wide = direction.astype(np.float64)
-    norm = np.linalg.norm(wide)
-    if norm == 0:
+    if not direction.any():
         raise SpecError("the direction is 0 and points nowhere")
-    unit: np.ndarray = wide / norm
+    unit: np.ndarray = normalised(direction)
     return unit
 
 
-def _check_finite(vector: np.ndarray) -> None:
+def normalised(direction_D: np.ndarray) -> np.ndarray:
+    """The direction at norm 1, float64, however large or small its entries are; it is not 0."""
+    wide = direction_D.astype(np.float64)
+    wide = wide / np.abs(wide).max()
+    unit: np.ndarray = wide / np.linalg.norm(wide)
+    return unit
+
+
+def _check_array(vector: object) -> None:
+    if not isinstance(vector, np.ndarray) or vector.dtype.kind not in "fiu":
+        kind = f"{vector.dtype} array" if isinstance(vector, np.ndarray) else type(vector).__name__
+        raise SpecError(f"the vector is a {kind}; it takes a numpy array of real numbers")
     if not np.isfinite(vector).all():
         raise SpecError("the vector holds NaN or an infinity; extract it again")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Event, Semaphore
+from threading import Event, Lock, Semaphore
 
 import torch
 
@@ -82,7 +82,7 @@ def _in_lanes(
         finally:
             found.put((number, None))
 
-    with _threads_each(len(parts)), ThreadPoolExecutor(len(parts)) as pool:
+    with _THREADS.divided(len(parts)), ThreadPoolExecutor(len(parts)) as pool:
         try:
             running = {number: pool.submit(work, number) for number in range(len(parts))}
             while running:
@@ -101,12 +101,29 @@ def _in_lanes(
                 replica.memory = min(replica.memory, len(parts) * least)
 
 
-@contextmanager
-def _threads_each(lanes: int) -> Iterator[None]:
-    """Inside the block the threads of a product are divided among the lanes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // lanes))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _Threads:
+    """How many threads a product has; several replicas' lanes may begin and end in any order."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._before = 0
+
+    @contextmanager
+    def divided(self, lanes: int) -> Iterator[None]:
+        """Inside the block the threads are divided among the lanes."""
+        with self._lock:
+            if not self._users:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(max(1, self._before // lanes))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    torch.set_num_threads(self._before)
+
+
+_THREADS = _Threads()

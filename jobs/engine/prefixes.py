@@ -38,7 +38,7 @@ def families(
         used: Numbers of the prompts to cut.
         tables: The configurations.
     """
-    if getattr(replica.model.config.get_text_config(), "sliding_window", None):
+    if replica.has_windows:
         return [Family(list(used), 0)]
     rest = max((-at for row in tables.positions for positions in row for at in positions), default=1)
     ordered = sorted(used, key=lambda prompt: tuple(prompts[prompt]))

@@ -71,11 +71,7 @@ class Replica:
             of: Number of lanes, which share the memory.
             stopped: Once it is set, the lane's passes raise `LaneStopped`.
         """
-        hooks = [
-            hook
-            for module in self.model.modules()
-            for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-        ]
+        hooks = [hook for _, hook in self._hooks()]
         same = chain(self.model.parameters(), self.model.buffers(), hooks)
         lane = copy.copy(self)
         lane.__dict__.pop("parts", None)
@@ -103,9 +99,23 @@ class Replica:
 
     @property
     def context(self) -> int | None:
-        """Most tokens of a text that the model was made for; None where its configuration states none."""
-        stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Most tokens of a text that the model was made for; None where its configuration states none.
+
+        A model whose rotary embedding has factors of its own for long texts (longrope) takes them for all
+        texts of a batch that holds a long one; its context is that of the short ones.
+        """
+        config = self.model.config.get_text_config()
+        stated = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            stated = rope.get("original_max_position_embeddings", stated)
         return None if stated is None else int(stated)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some attention sees only a stretch of the text, which padding inside of it would shift."""
+        config = self.model.config.get_text_config()
+        return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
     def check_length(self, tokens: int) -> None:
         """Raises SpecError if a text of so many tokens, new ones included, is longer than the context."""
@@ -114,6 +124,17 @@ class Replica:
                 f"a text of {tokens} tokens, new ones included, is longer than the model's context of "
                 f"{self.context}; use shorter prompts, fewer new tokens or a model with a longer context"
             )
+
+    def check_text(self, tokens: Sequence[int], *, new_tokens: int = 0) -> None:
+        """Raises SpecError if a text is empty, longer than the context, or of tokens that do not exist."""
+        if not tokens:
+            raise SpecError("the text has no token; it takes at least one")
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if not 0 <= min(tokens) <= max(tokens) < known:
+            raise SpecError(
+                f"tokens from {min(tokens)} to {max(tokens)}; the model has the tokens 0 to {known - 1}"
+            )
+        self.check_length(len(tokens) + new_tokens)
 
     @property
     def state_bytes(self) -> int:
@@ -181,12 +202,32 @@ class Replica:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def keep(self, key: Hashable, build: Callable[[], Kept]) -> Kept:
-        """What `build` makes, kept for the next pack while it is among the few asked for last."""
+        """What `build` makes, kept for the next pack while it is among the few asked for last.
+
+        It is made anew where hooks were added or removed, or weights were changed in place.
+        """
+        key = key, self._as_it_is()
         kept: Kept = self._kept.pop(key) if key in self._kept else build()
         self._kept[key] = kept
         while len(self._kept) > MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         return kept
+
+    def _as_it_is(self) -> Hashable:
+        """Differs where hooks or weights do, except for weights that were changed through `data`."""
+        weights = tuple(
+            (id(weight), 0 if weight.is_inference() else weight._version)
+            for weight in self.model.parameters()
+        )
+        return weights, tuple(number for number, _ in self._hooks())
+
+    def _hooks(self) -> list[tuple[int, Any]]:
+        """Number and function of all hooks on the model."""
+        return [
+            hook
+            for module in self.model.modules()
+            for hook in chain(module._forward_hooks.items(), module._forward_pre_hooks.items())
+        ]
 
     @contextmanager
     def other_weights(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Choose the next token: greedy, or drawn from each sequence's own generator. V vocabulary."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,11 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}; it takes 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}; it takes more than 0, at most 1")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}; it takes more than 0")
 
 
@@ -59,7 +60,10 @@ def choose(
 
 
 def _drawn(logits_SV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    probabilities_SV = torch.softmax(logits_SV.double() / sampling.temperature, dim=-1)
+    wide_SV = logits_SV.double()
+    # The largest becomes 0, which no temperature takes to infinity.
+    wide_SV = (wide_SV - wide_SV.max(dim=-1, keepdim=True).values) / sampling.temperature
+    probabilities_SV = torch.softmax(wide_SV, dim=-1)
     sorted_SV, order_SV = probabilities_SV.sort(dim=-1, descending=True, stable=True)
     reached_SV = sorted_SV.cumsum(dim=-1)
     kept_SV = sorted_SV.masked_fill(reached_SV - sorted_SV >= sampling.top_p, 0)

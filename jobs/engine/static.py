@@ -8,6 +8,7 @@ S slots, C capacity of the time axis, V vocabulary.
 
 import logging
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -22,10 +23,22 @@ _FEWEST = 8
 
 
 def can_stay(replica: Replica) -> bool:
-    """Whether the model's steps can be replayed: on one GPU, without windows of attention."""
+    """Whether the model's steps can be replayed: on one GPU, with attention that takes a mask of its own."""
     devices = {weight.device for weight in replica.model.parameters()}
-    windows = getattr(replica.model.config.get_text_config(), "sliding_window", None)
-    return len(devices) == 1 and replica.device.type == "cuda" and not windows
+    return len(devices) == 1 and replica.device.type == "cuda" and takes_masks(replica)
+
+
+def takes_masks(replica: Replica) -> bool:
+    """Whether attention only needs to be told which tokens it sees.
+
+    Eager attention adds the mask to its scores; windows and chunks, and biases that grow with distance, are
+    made from the mask by the model itself.
+    """
+    config = replica.model.config.get_text_config()
+    by_distance = (
+        getattr(config, "alibi", False) or "position_ids" not in signature(replica.model.forward).parameters
+    )
+    return config._attn_implementation == "sdpa" and not replica.has_windows and not by_distance
 
 
 class StaticStep:
