@@ -1,0 +1,24 @@
+"""What an optimiser of perturbations hands back. V vectors, S steps, D hidden."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Learned(NamedTuple):
+    """Vectors as an optimiser leaves them.
+
+    Attributes:
+        theta_VD: The vectors.
+        values_V: Their objectives.
+        history_SV: The objective that each step found, before it moved; NaN once a vector took no more steps.
+        settled_V: Whether the optimiser stopped by its own test; the steps ran out otherwise.
+        finite_V: Whether the objective and its gradient always were finite; if not, the vector is the last
+            one where they were, and NaN if there was none.
+    """
+
+    theta_VD: Tensor
+    values_V: Tensor
+    history_SV: Tensor
+    settled_V: Tensor
+    finite_V: Tensor
