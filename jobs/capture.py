@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jobs import extract, steering
-from jobs.data.files import read_rows
+from jobs.data.files import read_rows, read_split
 from jobs.data.pairs import Pair, load_pairs
-from jobs.data.prompts import OpenPrompt
 from jobs.errors import SpecError
-from jobs.spec import SPLITS, Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.steering import Steering, canonical_steering, extraction_of, interventions
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ class Params(Steering):
 
     Attributes:
         pairs: Contrast pairs that the direction comes from.
-        source: `prompts`: `data` is a dataset of open prompts. `pairs`: `data` is a dataset of contrast
-            pairs, whose two texts are read raw and count as the split select.
+        source: `prompts`: `data` is a dataset of open prompts, where one without a split counts as select.
+            `pairs`: `data` is a dataset of contrast pairs, whose two texts are read raw and count as select.
         data: Name or path of the dataset.
         count: Number of prompts or pairs, taken from the start; 0 takes all.
         chat: Whether open prompts are asked in the model's chat template; otherwise they are read raw.
@@ -150,13 +149,11 @@ def _read_items(params: Params) -> list[_Item]:
             for label, text in zip(Pair._fields, pair, strict=True)
         ]
     else:
-        rows = read_rows(params.data, (*OpenPrompt._fields, *params.spans))
-        if wrong := sorted({row["split"] for row in rows} - set(SPLITS)):
-            raise SpecError(f"{params.data} has the splits {wrong}; it takes {list(SPLITS)}")
-        found = [
-            _Item(number, row["split"], None, row["prompt"], {name: row[name] for name in params.spans})
-            for number, row in enumerate(rows)
-        ]
+        found = []
+        for number, row in enumerate(read_rows(params.data, ("prompt", *params.spans))):
+            split = read_split(f"{params.data}, row {number} (from 0)", row)
+            parts = {name: row[name] for name in params.spans}
+            found.append(_Item(number, split, None, row["prompt"], parts))
     available = found[-1].item + 1
     if available < params.count:
         raise SpecError(f"{params.data} has {available} {params.source}; count={params.count} are asked for")

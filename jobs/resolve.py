@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from jobs.directions.vector_files import VECTOR_SUFFIXES
 from jobs.errors import SpecError
 from jobs.spec import Job, ModelRef, Requirement, Spec, params_to_json
 
@@ -44,18 +45,33 @@ def load_job(name: str) -> Job:
     Raises:
         SpecError: If there is no such module or it lacks a name of the contract.
     """
+    unknown = SpecError(
+        f"no job {name!r}; give the import path of a job module, such as 'jobs.steer'; "
+        "`steersweep jobs` lists those that there are"
+    )
+    if not all(name.split(".")):
+        raise unknown
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
             raise
-        raise SpecError(
-            f"no job {name!r}; give the import path of a job module, such as 'jobs.steer'"
-        ) from error
+        raise unknown from error
     missing = [required for required in _REQUIRED_NAMES if not hasattr(module, required)]
     if missing:
         raise SpecError(f"{name} is not a job module: it lacks {missing}; see `Job` in jobs/spec.py")
     return cast(Job, module)
+
+
+def shipped_jobs() -> list[str]:
+    """Import paths of the job modules that stand beside this file, in the order of their names."""
+    names = [f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))]
+    modules = {name: importlib.import_module(name) for name in names}
+    return [
+        name
+        for name, module in modules.items()
+        if all(hasattr(module, required) for required in _REQUIRED_NAMES)
+    ]
 
 
 def make_params(job: str, values: Mapping[str, Any]) -> Any:
@@ -156,18 +172,34 @@ def _datasets(name: str, value: str | Sequence[str]) -> dict[str, str]:
     return {f"{name}.{place}": each for place, each in enumerate(value)}
 
 
-def locate_data(name: str) -> Path:
-    """The file of a dataset: one of the project's own by name, or any path.
+def locate_data(name: str, folders: Sequence[Path] = (Path(),)) -> Path:
+    """The file of a dataset or of vectors: one of the project's own by name, or any path.
+
+    Args:
+        name: The name or the path.
+        folders: Where a relative path begins, in the order in which they are tried.
 
     Raises:
-        SpecError: If neither exists.
+        SpecError: If there is no such file; the folders are named.
     """
     if (own_path := _own_data(name)) is not None:
         return own_path
-    if (path := Path(name).expanduser()).is_file():
-        return path.resolve()
+    given = Path(name).expanduser()
+    paths = [folder / given for folder in folders]
+    if (found := next((path for path in paths if path.is_file()), None)) is not None:
+        return found.resolve()
+    raise SpecError(_no_file(name, folders))
+
+
+def _no_file(name: str, folders: Sequence[Path]) -> str:
+    """What to say of a dataset or of a file of vectors that is not there."""
+    searched = dict.fromkeys(str(folder.absolute()) for folder in folders)
+    is_relative = not Path(name).expanduser().is_absolute()
+    where = f"there is no such file in {' or in '.join(searched)}" if is_relative else "there is no such file"
+    if Path(name).suffix in VECTOR_SUFFIXES:
+        return f"no vector file {name!r}: {where}; give the path of a {' or '.join(VECTOR_SUFFIXES)} file"
     own = sorted(path.stem for path in _ASSETS.glob("*") if path.suffix in (".jsonl", ".csv"))
-    raise SpecError(f"no dataset {name!r}: it is neither a file nor one of the project's own {own}")
+    return f"no dataset {name!r}: {where}, and the project's own are {own}; give a path or one of these"
 
 
 def is_own_data(name: str) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,19 @@ import numpy as np
 
 SPLITS = ("extract", "select", "report")
 """Prompts that directions come from, that configurations are chosen on, that winners are read on."""
+
+
+def choosing_split(splits: Container[str]) -> str:
+    """The split of a result that configurations are chosen on, where the bare name of a metric is read.
+
+    Args:
+        splits: Those that the result has metrics on.
+
+    Returns:
+        `select`; `extract` for a job that measures on nothing else, such as `jobs.extract`.
+    """
+    measured_later = "select" in splits or "report" in splits
+    return "extract" if "extract" in splits and not measured_later else "select"
 
 
 def canonical_json(value: Any) -> str:

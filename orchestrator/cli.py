@@ -12,9 +12,9 @@ from typer.exceptions import TyperException
 
 from jobs import catalog
 from jobs.errors import ModelError, OutOfMemory, SpecError, SteersweepError
-from orchestrator import kept
-from orchestrator.kept import Folder, Json
-from orchestrator.printing import print_json, print_pareto, say
+from orchestrator import kept, shipped
+from orchestrator.kept import Folder
+from orchestrator.printing import Json, print_json, print_pareto, print_reasons, say
 from storage.durable import StoreError
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def run(
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
-    file = file._replace(space=with_absolute_data(with_fixed(file.space, fixed), Path.cwd()))
+    settled = with_fixed(file.space, fixed, Path.cwd())
+    file = file._replace(space=with_absolute_data(settled, (file.path.parent, Path.cwd())))
     _drive(file, config, out, address, as_json)
 
 
@@ -105,12 +106,14 @@ def _drive(
             f"{summary['completed']} completed, {summary['infeasible']} infeasible, "
             f"{summary['failed']} failed of {summary['trials']} trials in {summary['seconds']} s"
         )
+        print_reasons(summary["reasons"])
         say(f"report: {folder / 'report' / 'index.html'}    MLflow: steersweep ui {folder}")
     raise typer.Exit(1 if summary["failed"] else 0)
 
 
 for command in (kept.status, kept.pareto, kept.query, kept.score, kept.vectors, kept.report, kept.ui):
     app.command()(command)
+app.command("jobs")(shipped.list_jobs)
 
 
 @models.command("add")
@@ -131,6 +134,8 @@ def main() -> NoReturn:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    # Ray reads this when it is imported. Its autoscaler takes a signal to the whole group for a failure.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", _AUTOSCALER_STOPPED)
     try:
         code = app(standalone_mode=False)
     except (SteersweepError, OSError) as error:
@@ -142,6 +147,9 @@ def main() -> NoReturn:
         sys.stderr.write(f"steersweep: {error.format_message()}\n")
         sys.exit(2)
     _leave(code if isinstance(code, int) else 0)
+
+
+_AUTOSCALER_STOPPED = r"^The autoscaler failed with the following error:\s+Terminated with signal"
 
 
 def _leave(code: int) -> NoReturn:

@@ -38,6 +38,8 @@ class Extraction(NamedTuple):
         params: Where the directions come from, defaults left out.
         best: The layer that tells unseen pairs apart best.
         auc: How well it does, as the area under the curve; None if that is unknown.
+        at_ceiling: How many layers have that area where it is 1; 0 where it is not.
+        margin: Distance of the two sides along the direction, in units of their spread; None if unknown.
         pairs: How many pairs were read.
         lens: Tokens of the best layers.
         images: Name of each figure -> its alternative text and how to draw it.
@@ -47,6 +49,8 @@ class Extraction(NamedTuple):
     params: dict[str, Any]
     best: int
     auc: float | None
+    at_ceiling: int
+    margin: float | None
     pairs: int
     lens: list[LensRow]
     images: dict[str, tuple[str, Paint]]
@@ -90,12 +94,15 @@ def _extraction(spec: str, arrays: Mapping[str, np.ndarray], number: int) -> Ext
     order = _best_first(arrays)
     best = order[0]
     auc = float(arrays["held_out_auc"][best])
+    margin = float(_margins(arrays["projections"][[best]])[0])
     lens = dict(zip(texts["layers"], texts["lens"], strict=True))
     return Extraction(
         spec=spec,
         params={name: value for name, value in texts["params"].items() if value not in ("", [], False)},
         best=best,
         auc=auc if np.isfinite(auc) else None,
+        at_ceiling=int((arrays["held_out_auc"] == 1).sum()) if auc == 1 else 0,
+        margin=margin if np.isfinite(margin) else None,
         pairs=arrays["projections"].shape[1],
         lens=[LensRow(layer, *map(_spelled, lens[layer])) for layer in sorted(order[:LENS_LAYERS])],
         images={f"direction-{number}-{name}": each for name, each in _figures(arrays, best).items()},
@@ -109,14 +116,34 @@ def _spelled(tokens: Sequence[str]) -> list[str]:
 
 
 def _best_first(arrays: Mapping[str, np.ndarray]) -> list[int]:
-    """Layers with a direction, those that tell unseen pairs apart best first."""
+    """Layers with a direction, those that tell unseen pairs apart best first.
+
+    Of layers with equal areas those with the widest margin come first: many reach an area of 1.
+    """
     known = np.flatnonzero(np.isfinite(arrays["directions"]).all(axis=1))
-    scores = [
-        np.nan_to_num(arrays[name][known]) for name in ("held_out_auc", "held_out_accuracy", "separability")
-    ]
+    auc_K, accuracy_K, share_K = (
+        arrays[name][known] for name in ("held_out_auc", "held_out_accuracy", "separability")
+    )
+    margin_K = np.where(np.isfinite(auc_K), _margins(arrays["projections"][known]), 0)
+    scores = [np.nan_to_num(each) for each in (auc_K, margin_K, accuracy_K, share_K)]
     # lexsort takes the last key first, and keeps the lower layer first among equals.
     order: list[int] = known[np.lexsort([-each for each in reversed(scores)])].tolist()
     return order
+
+
+def _margins(projections_LN2: np.ndarray) -> np.ndarray:
+    """Sensitivity index d' by layer: mean positive less mean negative projection, over their common spread.
+
+    That is the root of the mean of both variances. NaN where there is no spread, as with a single pair.
+    """
+    wide = projections_LN2.astype(np.float64)
+    if wide.shape[1] < 2:
+        return np.full(len(wide), np.nan)
+    means_L2 = wide.mean(axis=1)
+    spread_L = np.sqrt(wide.var(axis=1, ddof=1).mean(axis=1))
+    apart_L = means_L2[:, 0] - means_L2[:, 1]
+    margins: np.ndarray = np.divide(apart_L, spread_L, out=np.full(len(wide), np.nan), where=spread_L > 0)
+    return margins
 
 
 def _figures(arrays: Mapping[str, np.ndarray], best: int) -> dict[str, tuple[str, Paint]]:

@@ -20,6 +20,7 @@ class Findings(NamedTuple):
         front: Those of the Pareto front, one for each result, best first objective first.
         measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
         unsteered: Split -> metric -> value of the unsteered model.
+        split: The split that trials are chosen on.
     """
 
     identity: Mapping[str, Any]
@@ -28,6 +29,7 @@ class Findings(NamedTuple):
     front: list[Record]
     measures: dict[str, Measure]
     unsteered: dict[str, dict[str, float]]
+    split: str
 
 
 def read_findings(sweep: StoredSweep) -> Findings:
@@ -48,7 +50,8 @@ def read_findings(sweep: StoredSweep) -> Findings:
         "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
     ):
         unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
-    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered)
+    split = next((row["split"] for row in scored.values()), "select")
+    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered, split)
 
 
 def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:

@@ -14,7 +14,7 @@ from jobs.resolve import load_job
 from orchestrator.config import RunConfig
 from orchestrator.planning import planned_trials
 from orchestrator.provenance import provenance
-from orchestrator.space_file import SpaceFile, column_types
+from orchestrator.space_file import SpaceFile, column_types, data_grids
 from storage.durable import StoreError, publish
 from storage.lock import driver, driving
 from storage.query import read_identity
@@ -34,7 +34,7 @@ def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
         "fixed": dict(space.fixed),
         "config": config.model_dump(),
         "space_file": str(file.path.resolve()),
-        "directory": str(Path.cwd()),
+        "data_grids": data_grids(space),
         "description": space.description,
         "job": space.job,
         "parameters": column_types(space),

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from jobs.errors import SpecError
-from orchestrator.printing import FORMATS, print_json, print_pareto, print_table, say
+from orchestrator.printing import FORMATS, Json, print_json, print_pareto, print_table, say
+from orchestrator.shipped import list_scorers
 
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
@@ -67,26 +67,37 @@ def query(
 
 
 def score(
-    folder: Folder,
+    folder: Annotated[
+        Path | None, typer.Argument(help="The sweep's folder, as given to `run --out`.", show_default=False)
+    ] = None,
     scorers: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--scorer", help='A scorer, with options as JSON behind it: refusal, contains{"sought": "sun"}.'
         ),
-    ],
+    ] = None,
+    is_list: Annotated[bool, typer.Option("--list", help="Name the scorers and their options.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score stored completions with other scorers, without the model; the table `scores` keeps them."""
     from orchestrator.rescoring import rescore
 
+    if is_list:
+        list_scorers(as_json=as_json)
+        return
+    if folder is None or not scorers:
+        raise SpecError(
+            "score takes a sweep's folder and one --scorer NAME or more; `steersweep score --list` names them"
+        )
     found = rescore(folder, scorers)
     if as_json:
         print_json(found)
         return
     columns = ["trial", "split", "scorer", "mean", "items", "unparsed"]
-    print_table(columns, found["trials"])
+    labels = {used["name"]: used["label"] for used in found["scorers"]}
+    print_table(columns, [{**row, "scorer": labels[row["scorer"]]} for row in found["trials"]])
     for used in found["scorers"]:
-        say(f"{used['name']}: {used['scorer']} version {used['version']} {used['options']}")
+        say(f"{used['label']}: {used['scorer']} version {used['version']} {used['options']}")
     say(_score_line(found))
 
 

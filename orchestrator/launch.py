@@ -16,9 +16,9 @@ from orchestrator.progress import ConsoleProgress
 from orchestrator.ray_pool import RayPool, connected
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
-from orchestrator.space_file import SpaceFile, check_space, load_space, with_absolute_data
+from orchestrator.space_file import SpaceFile, check_space, load_space
 from orchestrator.sweep import Sweep
-from search_spaces.base import Space
+from search_spaces.base import Grid, Space
 from storage.background_mirror import BackgroundMirror
 from storage.ledger import read_asked
 from storage.pareto import pareto
@@ -31,7 +31,8 @@ def run_sweep(
     """Run a sweep in its folder, from the beginning or from where it was left.
 
     Returns:
-        sweep, trials, completed, infeasible, failed, seconds and pareto.
+        sweep, trials, completed, infeasible, failed, seconds and pareto; reasons, one row for each distinct
+        state and reason of trials that were infeasible or failed, with their number, most frequent first.
 
     Raises:
         SteersweepError: If the space, the folder, the model or the address is wrong.
@@ -60,6 +61,10 @@ def run_sweep(
         **{state: counts[state] for state in _ENDS},
         "seconds": round(time.monotonic() - started, 1),
         "pareto": pareto(sweep),
+        "reasons": sweep.rows(
+            "SELECT state, reason, count(*) AS trials FROM trials WHERE state IN ('infeasible', 'failed') "
+            "GROUP BY ALL ORDER BY trials DESC, min(trial)"
+        ),
     }
 
 
@@ -129,6 +134,8 @@ def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
     """
     identity = read_identity(folder)
     file = load_space(folder / "space.py", origin=Path(identity["space_file"]))
-    space = dataclasses.replace(file.space, fixed=identity["fixed"])
-    space = with_absolute_data(space, Path(identity["directory"]))
+    # The paths of datasets as they were found then, whatever files there are now.
+    grids = {name: Grid(values) for name, values in identity.get("data_grids", {}).items()}
+    parameters = {**file.space.parameters, **grids}
+    space = dataclasses.replace(file.space, fixed=identity["fixed"], parameters=parameters)
     return file._replace(space=space), make_config(**identity["config"] | changes)

@@ -41,7 +41,7 @@ class Finished(NamedTuple):
         state: State of the attempt: ok, failed, lost or oom.
         reason: Why it is not ok.
         at: When, in s since 1970.
-        metrics: The outcome's metrics on the split select.
+        metrics: The outcome's metrics on the split that configurations are chosen on.
         artifact: Where the outcome's tensors are; None if it has none.
     """
 

@@ -3,27 +3,43 @@
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
 
 def print_pareto(found: list[dict[str, Any]]) -> None:
-    """A Pareto front as a table: parameters, then objectives on both splits."""
+    """A Pareto front as a table: parameters, then objectives on the split of choice and on report, if any."""
     if not found:
         say("no completed trial yet, so no Pareto front")
         return
+    has_report = found[0]["split"] == "select"
     rows = [
         {
             "trial": point["trial"],
             **point["params"],
-            **{f"{name} (select)": value for name, value in point["objectives"].items()},
-            **{f"{name} (report)": value for name, value in point["report"].items()},
+            **{f"{name} ({point['split']})": value for name, value in point["objectives"].items()},
+            **{f"{name} (report)": value for name, value in point["report"].items() if has_report},
         }
         for point in found
     ]
     print_table(list(rows[0]), rows)
+
+
+def print_reasons(reasons: list[dict[str, Any]]) -> None:
+    """The most frequent reasons of trials that were infeasible or failed, each with their number."""
+    for row in reasons[:_MOST_REASONS]:
+        why = next(iter((row["reason"] or "no reason was stored").splitlines()))
+        say(f"{row['state']}, {row['trials']} trial{'s' if row['trials'] > 1 else ''}: {why}")
+    if len(reasons) > _MOST_REASONS:
+        say(f"... and {len(reasons) - _MOST_REASONS} more reasons, which the report and --json show")
+
+
+_MOST_REASONS = 5
 
 
 def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ class Tally:
         failed: Trials that failed.
         best: The best first objective so far, in words.
         workers_ready: Workers whose replica is loaded.
+        packs_ended: Packs of trials that this driver has seen to their end.
     """
 
     total: int
@@ -34,6 +35,7 @@ class Tally:
     failed: int = 0
     best: str = ""
     workers_ready: int = 0
+    packs_ended: int = 0
 
     def count(self, status: str) -> None:
         """One more trial has ended as completed, infeasible or failed."""
@@ -98,15 +100,20 @@ class ConsoleProgress:
 
 
 def describe(tally: Tally, rate: float | None) -> str:
-    """One line: done, running, failed, rate in trials a minute, time left, best so far."""
+    """One line: done, running, failed, rate in trials a minute, time left, best so far.
+
+    The time left waits for a pack to end: the first rows come late, and then many at once.
+    """
     parts = [f"{tally.done}/{tally.total} done", f"{tally.running} running", f"{tally.failed} failed"]
     if tally.infeasible:
         parts.append(f"{tally.infeasible} infeasible")
     if tally.workers_ready == 0:
         parts.append("loading the model")
     elif rate is not None:
-        left = (tally.total - tally.done) / rate
-        parts += [f"{60 * rate:.1f} trials/min", f"ETA {int(left // 60)}:{int(left % 60):02d}"]
+        parts.append(f"{60 * rate:.1f} trials/min")
+        if tally.packs_ended:
+            left = (tally.total - tally.done) / rate
+            parts.append(f"ETA {int(left // 60)}:{int(left % 60):02d}")
     if tally.best:
         parts.append(f"best {tally.best}")
     return " | ".join(parts)

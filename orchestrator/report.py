@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
     return target / "index.html"
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "select") -> np.ndarray:
+def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "chosen") -> np.ndarray:
     """A metric or (with the split `params`) a parameter of every row, float64, NaN where undefined."""
     return np.array([row[split].get(name) for row in rows], dtype=float)
 
@@ -90,7 +90,7 @@ def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
     x, y = axes(found)
     needed = [name for name in (x, y) if name]
     rows = [row for row in scored if all(row["params"][name] is not None for name in needed)]
-    rows = [row for row in rows if row["select"].get(objectives[0].name) is not None]
+    rows = [row for row in rows if row["chosen"].get(objectives[0].name) is not None]
     if rows and x and y:
         drawn["heatmap"] = _heatmap(rows, x, y, objectives[0])
     if rows and x:
@@ -130,7 +130,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
         for name in dict.fromkeys((objectives[0], "log_odds", harm))
         if name in found.measures and np.isfinite(_column(rows, name)).any()
     ]
-    unsteered = found.unsteered.get("select", {})
+    unsteered = found.unsteered.get(found.split, {})
     ends = [[_column(rows, name + end) for end in ("_low", "_high")] for name in names]
     panels = [
         Plot(found.measures[name], _column(rows, name), low, high, unsteered.get(name))

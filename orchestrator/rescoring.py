@@ -1,5 +1,6 @@
 """Score the stored completions of a sweep again, without the model, while it runs or afterwards."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def rescore(folder: Path, scorers: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         sweep; added, the number of rows; specs, how many have completions; unchanged, pairs of spec and
-        scorer that were there; scorers, each with its name, version and options; trials, the means and
+        scorer that were there; scorers, each with its name, label, version and options; trials, the means and
         counts of each trial, split and scorer.
 
     Raises:
@@ -65,7 +66,7 @@ def rescore(folder: Path, scorers: Sequence[str]) -> dict[str, Any]:
         "added": added,
         "specs": len(completions),
         "unchanged": before,
-        "scorers": [{"name": use.name, **use.identity} for use in uses],
+        "scorers": [{"name": use.name, "label": _label(use, uses), **use.identity} for use in uses],
         "trials": [row for use in uses for row in _means(sweep, use)],
     }
 
@@ -73,6 +74,15 @@ def rescore(folder: Path, scorers: Sequence[str]) -> dict[str, Any]:
 def _read_uses(scorers: Sequence[str]) -> list[_Use]:
     found = parse_uses(scorers)
     return [_Use(name, use, identity(use)) for name, use in found.items()]
+
+
+def _label(use: _Use, uses: Sequence[_Use]) -> str:
+    """The scorer's name, with the options in which it differs from its other uses, if there are any."""
+    scorer: str = use.identity["scorer"]
+    own = json.loads(use.identity["options"])
+    others = [json.loads(each.identity["options"]) for each in uses if each.identity["scorer"] == scorer]
+    differing = {name: own[name] for name in own if any(each[name] != own[name] for each in others)}
+    return scorer + (json.dumps(differing, ensure_ascii=False) if differing else "")
 
 
 def _completions(folder: Path) -> dict[str, list[dict[str, Any]]]:

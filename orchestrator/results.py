@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs.spec import Status, is_defined
+from jobs.spec import Status, choosing_split, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
@@ -160,8 +160,9 @@ def _objectives(space: Space, metrics: Mapping[str, float | None]) -> list[float
 
 
 def _stored_objectives(store: Store, space: Space) -> dict[str, list[float] | None]:
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
     for row in store.rows("metrics"):
-        if row["split"] == "select":
-            metrics.setdefault(row["spec"], {})[row["name"]] = row["value"]
-    return {spec: _objectives(space, found) for spec, found in metrics.items()}
+        metrics.setdefault(row["spec"], {}).setdefault(row["split"], {})[row["name"]] = row["value"]
+    return {
+        spec: _objectives(space, splits.get(choosing_split(splits), {})) for spec, splits in metrics.items()
+    }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jobs import catalog
 from jobs.errors import SpecError
-from jobs.resolve import is_own_data, load_job, make_params
+from jobs.resolve import is_own_data, load_job, locate_data, make_params
 from jobs.spec import ModelRef
 from search_spaces.base import Domain, Float, Grid, Space
 from storage.schema import TABLES
@@ -74,11 +74,17 @@ def _frames(error: BaseException) -> Iterator[Any]:
         frame = frame.tb_next
 
 
-def with_fixed(space: Space, values: Mapping[str, str]) -> Space:
+def with_fixed(space: Space, values: Mapping[str, str], directory: Path) -> Space:
     """The space with fixed values from the command line, converted to the types of the job's parameters.
 
+    Args:
+        space: What may be tried.
+        values: Parameter -> its value as it was typed.
+        directory: Where relative paths of datasets begin.
+
     Raises:
-        SpecError: If a name is not a parameter of the job, or is one that the space varies.
+        SpecError: If a name is not a parameter of the job, or is one that the space varies; or if there is
+            no such dataset.
     """
     hints = typing.get_type_hints(load_job(space.job).Params)
     for name in values:
@@ -87,34 +93,42 @@ def with_fixed(space: Space, values: Mapping[str, str]) -> Space:
         if name in space.parameters:
             raise SpecError(f"--set space.{name}: the space varies it; edit the space file instead")
     parsed = {name: value if hints[name] is str else _parse(value) for name, value in values.items()}
-    return dataclasses.replace(space, fixed={**space.fixed, **parsed})
+    data = load_job(space.job).DATA
+    located = {name: _located(parsed[name], (directory,)) for name in parsed if name in data}
+    return dataclasses.replace(space, fixed={**space.fixed, **parsed, **located})
 
 
-def with_absolute_data(space: Space, directory: Path) -> Space:
+def with_absolute_data(space: Space, folders: Sequence[Path]) -> Space:
     """The space with the paths of datasets made absolute, so that it means the same from anywhere.
 
     Args:
         space: What may be tried; names of the project's own datasets stay.
-        directory: Where relative paths begin.
+        folders: Where relative paths begin, in the order in which they are tried.
+
+    Raises:
+        SpecError: If there is no such dataset; the folders are named.
     """
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return [*map(absolute, value)]
-        if not isinstance(value, str) or is_own_data(value):
-            return value
-        path = directory / Path(value).expanduser()
-        return str(path.resolve()) if path.is_file() else value
-
-    names = load_job(space.job).DATA
-    fixed = {name: absolute(value) if name in names else value for name, value in space.fixed.items()}
-    parameters = {
-        name: Grid([absolute(value) for value in domain.values])
-        if name in names and isinstance(domain, Grid)
-        else domain
-        for name, domain in space.parameters.items()
+    data = load_job(space.job).DATA
+    fixed = {name: _located(value, folders) if name in data else value for name, value in space.fixed.items()}
+    grids = {
+        name: Grid([_located(value, folders) for value in values])
+        for name, values in data_grids(space).items()
     }
-    return dataclasses.replace(space, fixed=fixed, parameters=parameters)
+    return dataclasses.replace(space, fixed=fixed, parameters={**space.parameters, **grids})
+
+
+def data_grids(space: Space) -> dict[str, list[Any]]:
+    """Parameter that names a dataset and is varied -> its values."""
+    varied = {name: space.parameters.get(name) for name in load_job(space.job).DATA}
+    return {name: list(domain.values) for name, domain in varied.items() if isinstance(domain, Grid)}
+
+
+def _located(value: Any, folders: Sequence[Path]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_located(each, folders) for each in value]
+    if not isinstance(value, str) or not value or is_own_data(value):
+        return value
+    return str(locate_data(value, folders))
 
 
 def _parse(text: str) -> Any:

@@ -234,7 +234,8 @@ class Sweep:
         elif event.kind == "delivery" and event.delivery is not None:
             self._receive(self._running[event.worker], event.delivery)
         elif event.kind == "done":
-            self._running.pop(event.worker, None)
+            run = self._running.pop(event.worker, None)
+            self._tally.packs_ended += run is not None and any(task.is_trial for task in run.pack.tasks)
             self._idle.append(event.worker)
         elif event.kind == "lost":
             self._lost(event.worker, event.reason or "the worker died")

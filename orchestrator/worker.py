@@ -12,7 +12,7 @@ import numpy as np
 
 from jobs.errors import OutOfMemory, SteersweepError
 from jobs.resolve import load_job, make_params
-from jobs.spec import ModelRef, Outcome, Requirement, Row
+from jobs.spec import ModelRef, Outcome, Requirement, Row, choosing_split
 from orchestrator.pool import Delivery, Finished, Order
 from storage.artifacts import Artifact, read_artifact, write_artifact
 from storage.durable import StoreError
@@ -187,9 +187,8 @@ class _Batch:
         for table, rows in tables.items():
             self._tables.setdefault(table, []).extend(rows)
         self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
-        self._finished.append(
-            Finished(spec, state, outcome.reason, now, dict(outcome.metrics.get("select", {})), artifact)
-        )
+        metrics = dict(outcome.metrics.get(choosing_split(outcome.metrics), {}))
+        self._finished.append(Finished(spec, state, outcome.reason, now, metrics, artifact))
 
     def is_due(self) -> bool:
         return time.monotonic() - self._since > _FLUSH_SECONDS

@@ -82,6 +82,8 @@ Domain = Float | Int | Grid
 class Objective:
     """A metric to push in one direction, read on the split select.
 
+    A job that measures only what it extracts, such as `jobs.extract`, is read on the split extract.
+
     Attributes:
         metric: Name in the job's METRICS.
         direction: `minimize` or `maximize`.

@@ -1,11 +1,12 @@
 """The non-dominated trials of a sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import moocore
 import numpy as np
 
+from jobs.spec import choosing_split
 from storage.query import StoredSweep
 
 
@@ -29,13 +30,13 @@ def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
 def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
     """Completed trials of the front, best first objective first.
 
-    Each row holds `trial`, `params`, the objectives on the split select (`objectives`) and the
-    same metrics on the split report (`report`).
+    Each row holds `trial`, `params`, the objectives (`objectives`) on the split that trials are chosen on
+    (`split`) and the same metrics on the split report (`report`).
     """
     names = [objective["metric"] for objective in sweep.identity["objectives"]]
     directions = [objective["direction"] for objective in sweep.identity["objectives"]]
-    rows = [row for row in scored_trials(sweep) if all(row["select"].get(name) is not None for name in names)]
-    points = np.array([[row["select"][name] for name in names] for row in rows]).reshape(
+    rows = [row for row in scored_trials(sweep) if all(row["chosen"].get(name) is not None for name in names)]
+    points = np.array([[row["chosen"][name] for name in names] for row in rows]).reshape(
         len(rows), len(names)
     )
     chosen = [row for row, kept in zip(rows, front(points, directions), strict=True) if kept]
@@ -44,32 +45,39 @@ def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
         {
             "trial": row["trial"],
             "params": row["params"],
-            "objectives": {name: row["select"][name] for name in names},
+            "split": row["split"],
+            "objectives": {name: row["chosen"][name] for name in names},
             "report": {name: row["report"].get(name) for name in names},
         }
-        for row in sorted(chosen, key=lambda row: (sign * row["select"][names[0]], row["trial"]))
+        for row in sorted(chosen, key=lambda row: (sign * row["chosen"][names[0]], row["trial"]))
     ]
 
 
 def scored_trials(sweep: StoredSweep) -> list[dict[str, Any]]:
-    """Completed trials with their parameters and metrics: `trial`, `params`, `select`, `report`.
+    """Completed trials with their parameters and metrics: `trial`, `params`, `split`, `chosen`, `report`.
 
+    `chosen` are the metrics on the split that trials are chosen on, which `split` names.
     A trial that shares an earlier trial's result is that trial's point, not one more.
     """
     parameters = list(sweep.identity["parameters"])
-    trials = {
-        row["trial"]: {
-            "trial": row["trial"],
-            "params": {name: row[name] for name in parameters},
-            "select": {},
-            "report": {},
-        }
-        for row in sweep.rows(
-            "SELECT * FROM trials WHERE state = 'completed' AND reused_from IS NULL ORDER BY trial"
+    trials = sweep.rows(
+        "SELECT * FROM trials WHERE state = 'completed' AND reused_from IS NULL ORDER BY trial"
+    )
+    measured: dict[int, dict[str, dict[str, float | None]]] = {row["trial"]: {} for row in trials}
+    for row in sweep.rows("SELECT trial, split, name, value FROM metrics"):
+        if row["trial"] in measured:
+            measured[row["trial"]].setdefault(row["split"], {})[row["name"]] = row["value"]
+    scored = []
+    for trial in trials:
+        splits = measured[trial["trial"]]
+        split = choosing_split(splits)
+        scored.append(
+            {
+                "trial": trial["trial"],
+                "params": {name: trial[name] for name in parameters},
+                "split": split,
+                "chosen": splits.get(split, {}),
+                "report": splits.get("report", {}),
+            }
         )
-    }
-    metrics: Sequence[Mapping[str, Any]] = sweep.rows("SELECT trial, split, name, value FROM metrics")
-    for row in metrics:
-        if row["trial"] in trials and row["split"] in ("select", "report"):
-            trials[row["trial"]][row["split"]][row["name"]] = row["value"]
-    return list(trials.values())
+    return scored

@@ -27,9 +27,11 @@ SPACE = Space(
 '''
 
 
-def steersweep(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def steersweep(
+    *arguments: str | Path, timeout: float = 240, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def run_arguments(place: Path, out: str) -> list[str | Path]:

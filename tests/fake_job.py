@@ -109,6 +109,8 @@ def _outcomes(params: Params) -> list[Outcome]:
         case "nan" | "inf":
             value = math.nan if params.mode == "nan" else math.inf
             return [Outcome(metrics={**metrics, "select": {**metrics["select"], "total": value}})]
+        case "extract":
+            return [Outcome(metrics={"extract": metrics["select"]})]
         case "missing":
             return [Outcome(metrics={**metrics, "select": {"square": metrics["select"]["square"]}})]
         case "tables":

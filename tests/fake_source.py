@@ -67,7 +67,7 @@ def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[i
             yield index, Outcome(status=Status.FAILED, reason="the source was told to fail")
             continue
         tensors = {} if mode == "empty" else {"value": np.array([params.value + under], dtype=np.float32)}
-        splits = ("extract",) if params.mode == "unmeasured" else ("extract", "select")
+        splits = ("report",) if params.mode == "unmeasured" else ("extract", "select")
         yield (
             index,
             Outcome(metrics={split: {"value": params.value + under} for split in splits}, tensors=tensors),

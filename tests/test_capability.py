@@ -430,7 +430,11 @@ class TestData:
         [
             ("a.txt", b"\n \n", "holds no text; it takes paragraphs between blank lines"),
             ("a.txt", b"\xff\xfe", "cannot be read as UTF-8 text"),
-            ("a.csv", b"text,split\nOne.,train\n", "splits ['train']; there are ['extract',"),
+            (
+                "a.csv",
+                b"text,split\nOne.,train\n",
+                "text 0 (from 0): split='train'; it takes one of ['extract',",
+            ),
             ("a.csv", b"words\nOne.\n", "'text' is absent or empty"),
         ],
     )

@@ -692,7 +692,7 @@ class TestJob:
             check(params_of({"source": "pairs", "data": data["pairs"], "count": 4}))
         wrong = tmp_path / "wrong.jsonl"
         wrong.write_text('{"split": "test", "prompt": "Hello."}\n')
-        with pytest.raises(SpecError, match=r"the splits \['test'\]; it takes \['extract', 'select',"):
+        with pytest.raises(SpecError, match=r"row 0 \(from 0\): split='test'; it takes one of \['extract',"):
             check(params_of({"data": str(wrong)}))
 
     def test_equal_work_has_equal_parameters_and_a_layer_that_is_not_there_is_refused(

@@ -20,7 +20,17 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_run_says_in_json_how_it_ended(finished: dict[str, Any], place: Path) -> None:
-    assert finished.keys() == {"sweep", "trials", "completed", "infeasible", "failed", "seconds", "pareto"}
+    assert finished.keys() == {
+        "sweep",
+        "trials",
+        "completed",
+        "infeasible",
+        "failed",
+        "seconds",
+        "pareto",
+        "reasons",
+    }
+    assert finished["reasons"] == []
     assert (finished["trials"], finished["completed"], finished["failed"]) == (9, 9, 0)
     assert finished["pareto"]
     assert finished["pareto"][0]["objectives"].keys() == {"effect", "damage"}

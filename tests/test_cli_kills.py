@@ -1,6 +1,7 @@
 """Drivers and workers of the real command that are stopped or killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,16 +35,27 @@ def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
     assert results(folder) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGINT, os.kill), (signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg)],
+    ids=["ctrl-c", "terminate", "terminate-group"],
+)
 def test_a_driver_that_is_asked_to_stop_says_how_to_go_on_and_leaves_no_process(
-    finished: dict[str, Any], place: Path, number: signal.Signals
+    finished: dict[str, Any], place: Path, number: signal.Signals, send: Any
 ) -> None:
-    out = f"stopped-{number}"
+    out = f"stopped-{number}-{send.__name__}"
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, out))]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_until(lambda: "dispatched" in ledger(place / out), driver)
     children = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(number)
+    send(driver.pid, number)
     output, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors
     assert (

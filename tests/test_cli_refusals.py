@@ -50,6 +50,7 @@ def test_more_gpus_than_there_are_is_one_clear_line(place: Path) -> None:
         (('sampler="grid",', 'sampler="grid",,'), "line"),
         (("fixed={", 'fixed={"pears": "x", '), "pears"),
         (("fixed={", 'fixed={"pairs": "nowhere.csv", '), "nowhere.csv"),
+        (("fixed={", 'fixed={"vectors": "nowhere.gguf", '), "no vector file 'nowhere.gguf'"),
     ],
 )
 def test_a_wrong_space_is_one_clear_line_and_leaves_nothing(

@@ -131,6 +131,46 @@ class TestPrompts:
         with pytest.raises(SpecError, match="has 0 rows of the split 'report' and 1 are asked for"):
             load_choices(path, 3, 1)
 
+    @pytest.mark.parametrize("split", [{}, {"split": None}, {"split": ""}], ids=str)
+    def test_where_no_row_names_a_split_every_fourth_is_report(
+        self, written: Write, split: dict[str, str | None]
+    ) -> None:
+        rows = [{"prompt": str(number), **split} for number in range(8)]
+        path = written("prompts.jsonl", "\n".join(map(json.dumps, rows)))
+        taken = [OpenPrompt("select", number) for number in "012456"]
+        assert load_open_prompts(path, 6, 2) == [*taken, OpenPrompt("report", "3"), OpenPrompt("report", "7")]
+        longer = written("longer.jsonl", "\n".join(map(json.dumps, [*rows, {"prompt": "8"}])))
+        assert load_open_prompts(longer, 7, 2)[:6] == taken
+        assert load_open_prompts(longer, 6, 2) == load_open_prompts(path, 6, 2)
+        with pytest.raises(SpecError, match=r"2 rows of the split 'report' and 3 .* every 4th is 'report'"):
+            load_open_prompts(path, 6, 3)
+
+    def test_choices_without_a_split_are_split_alike_and_also_from_a_csv(self, written: Write) -> None:
+        lines = [f"How {number}?,It was, good, bad" for number in range(4)]
+        found = load_choices(
+            written("choices.csv", "\n".join(["user,answer,positive,negative", *lines])), 3, 1
+        )
+        assert [(choice.split, choice.user) for choice in found] == [
+            *(("select", f"How {number}?") for number in range(3)),
+            ("report", "How 3?"),
+        ]
+        assert found[0] == Choice("select", "How 0?", "It was", " good", " bad")
+
+    def test_where_some_rows_name_a_split_the_others_belong_to_select(self, written: Write) -> None:
+        rows = [{"prompt": str(number)} for number in range(4)] + [{"prompt": "4", "split": "report"}]
+        path = written("prompts.jsonl", "\n".join(map(json.dumps, rows)))
+        assert [prompt.split for prompt in load_open_prompts(path, 4, 1)] == ["select"] * 4 + ["report"]
+        with pytest.raises(SpecError, match="has 4 rows of the split 'select' and 5 are asked for"):
+            load_open_prompts(path, 5, 1)
+
+    def test_a_split_that_does_not_exist_is_refused_with_its_row(self, written: Write) -> None:
+        path = written("prompts.csv", "prompt,split\nWhy?,select\nHow?,test\n")
+        with pytest.raises(
+            SpecError,
+            match=r"row 1 \(from 0\): split='test'; it takes one of \['extract', 'select', 'report'\]",
+        ):
+            load_open_prompts(path, 1, 0)
+
 
 class TestClaims:
     def test_labels_may_be_words_digits_or_json_booleans(self, written: Write) -> None:

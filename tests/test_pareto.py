@@ -134,7 +134,20 @@ def test_the_report_split_stands_beside_the_select_split_and_does_not_choose(tmp
         objectives={"gain": "maximize"},
     )
     assert pareto(sweep) == [
-        {"trial": 0, "params": {}, "objectives": {"gain": 2.0}, "report": {"gain": -7.0}}
+        {"trial": 0, "params": {}, "split": "select", "objectives": {"gain": 2.0}, "report": {"gain": -7.0}}
+    ]
+
+
+def test_a_job_that_only_extracts_is_chosen_on_the_split_extract(tmp_path: Path) -> None:
+    trials = [
+        StoredTrial({}, {"extract": {"gain": 2.0}}),
+        StoredTrial({}, {"extract": {"gain": 3.0}}),
+        StoredTrial({}, {"extract": {"gain": 9.0}, "report": {"gain": 9.0}}),
+        StoredTrial({}, {"extract": {"gain": 9.0}, "select": {"other": 9.0}}),
+    ]
+    sweep = write_sweep(tmp_path, trials, objectives={"gain": "maximize"})
+    assert pareto(sweep) == [
+        {"trial": 1, "params": {}, "split": "extract", "objectives": {"gain": 3.0}, "report": {"gain": None}}
     ]
 
 

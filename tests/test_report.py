@@ -450,6 +450,16 @@ class TestAnySweep:
         assert "Bars span the intervals" in page.text
         assert "heatmap.png" in [file.name for file in (path / "report").iterdir()]
 
+    def test_a_job_that_only_extracts_shows_its_metrics_on_the_split_extract(self, tmp_path: Path) -> None:
+        trials = [Trial({"layer": 3, "dose": dose}, {"extract": {"effect": dose}}) for dose in (0.1, 0.3)]
+        page = report(make_sweep(tmp_path / "extracted", trials, parameters=GRID, objectives=OBJECTIVES[:1]))
+        assert page.row("1")[1:] == ["3", "0.3", "0.300"]
+        assert page.row("0", "completed")[4] == "0.100"
+        assert "chosen on the split extract" in page.text
+        assert "split select" not in page.text
+        assert "split report" not in page.text
+        assert "Curves of effect over dose, a colour for each layer." in page.attributes("alt")
+
     def test_other_parameters_take_the_place_of_layer_and_dose(self, tmp_path: Path) -> None:
         trials = [
             Trial({"R": r, "q": q, "mode": "a"}, {"select": {"effect": r * q, "damage": r}})
@@ -562,6 +572,32 @@ class TestDirections:
         ):
             assert said in alternatives
         assert "#directions" in page.attributes("href")
+
+    def test_of_layers_whose_area_is_1_the_one_with_the_widest_margin_is_best(self, tmp_path: Path) -> None:
+        arrays = direction_arrays()
+        distances = np.array([9.0, 1.0, 2.0, 3.0])  # layer 0 has no direction, layer 3 a smaller area
+        sides = np.stack([np.arange(6) + 10 * distances[:, None], np.arange(6) + np.zeros((4, 1))], axis=-1)
+        tied = np.array([np.nan, 1, 1, 0.99], np.float32)
+        # that of layer 1 is farther apart in units of the stream, and less far in units of its spread
+        sides[1] = 20 * (sides[1] - sides[1].mean())
+        path = make_sweep(tmp_path / "tied", [], parameters=GRID)
+        changes = {"held_out_auc": tied, "projections": sides.astype(np.float32), "held_out_accuracy": -tied}
+        keep_directions(path, arrays | changes)
+        [shown] = read_section(open_sweep(path)).shown
+        spread = np.std(np.arange(6), ddof=1)
+        assert (shown.best, shown.at_ceiling, shown.auc) == (2, 2, 1)
+        assert shown.margin == pytest.approx(20 / spread)
+        text = " ".join(report(path).text.split())
+        assert "over unseen pairs. The area is at its ceiling of 1 at 2 layers" in text
+        assert "of these, the best layer is the one where the two sides lie farthest apart" in text
+
+    def test_an_area_below_1_or_1_at_a_single_layer_is_not_called_a_ceiling(self, tmp_path: Path) -> None:
+        for number, auc in enumerate((0.9, 1.0)):
+            arrays = direction_arrays()
+            arrays["held_out_auc"][2] = auc
+            path = make_sweep(tmp_path / str(number), [], parameters=GRID)
+            keep_directions(path, arrays)
+            assert "ceiling" not in report(path).text
 
     def test_tokens_are_escaped_and_their_white_space_is_seen(self, page: Page) -> None:
         assert [row[0] for row in page.rows if len(row) == 3 and "␣kind" in row[1]] == ["1", "2", "3"]

@@ -354,3 +354,39 @@ def test_the_command_prints_a_mean_for_each_trial_and_says_when_there_was_nothin
     means = {row["scorer"]: row["mean"] for row in found["trials"] if row["trial"] == 0}
     assert all(mean is None or math.isfinite(mean) for mean in means.values())
     assert rescoring.rescore(swept, ["choice"])["added"] == 0
+
+
+def test_a_table_of_several_variants_names_each_by_the_options_in_which_it_differs(swept: Path) -> None:
+    variants = [
+        'contains{"sought": "e", "ignore_case": true}',
+        'contains{"sought": "q", "ignore_case": true}',
+    ]
+    arguments = ["score", str(swept), "--scorer", "choice"]
+    for variant in variants:
+        arguments += ["--scorer", variant]
+    shown = CliRunner().invoke(app, arguments).stdout
+    cells = {line.split("│")[3].strip() for line in shown.splitlines() if line.startswith("│")}
+    assert cells == {"choice", 'contains{"sought": "e"}', 'contains{"sought": "q"}'}
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [used["name"] for used in found["scorers"]] == ["choice", "contains", "contains_2"]
+
+
+def test_the_list_of_scorers_has_all_of_them_with_every_option_and_needs_no_sweep() -> None:
+    shown = CliRunner().invoke(app, ["score", "--list"])
+    assert shown.exit_code == 0, shown.output
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.stdout.splitlines()]
+    about = {row[0]: row[2] for row in cells if len(row) == 4}
+    assert about == {scorer.name: scorer.metric.meaning for scorer in registry.SCORERS.values()}
+    options = {(row[0], row[1]): row[2:] for row in cells if len(row) == 5}
+    assert options["contains", "sought"] == ["str", "required", "The text that is looked for."]
+    assert options["choice", "labels"][:2] == ["list of str", "('A', 'B')"]
+    assert all(row[-1] for row in options.values())
+    listed = json.loads(CliRunner().invoke(app, ["score", "--list", "--json"]).stdout)["scorers"]
+    assert {(row["scorer"], option["name"]) for row in listed for option in row["options"]} == set(options)
+
+
+@pytest.mark.parametrize("given", [(), ("somewhere",), ("--scorer", "refusal")])
+def test_a_call_without_a_folder_or_a_scorer_names_the_list(given: Sequence[str]) -> None:
+    outcome = CliRunner().invoke(app, ["score", *given])
+    assert isinstance(outcome.exception, SpecError)
+    assert "score --list" in str(outcome.exception)

@@ -21,6 +21,7 @@ from jobs.errors import ModelError, SpecError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig, make_config, split_settings
 from orchestrator.folder import check_free, claimed, differences, identify
+from orchestrator.launch import load_kept
 from orchestrator.planning import Planner, check_unchanged
 from orchestrator.space_file import (
     SpaceFile,
@@ -350,7 +351,7 @@ def test_a_column_has_the_narrowest_type_that_holds_all_values(domain: Any, want
 
 def test_fixed_values_from_the_command_line_have_the_types_of_the_job() -> None:
     space = make_space(fixed={"y": 1.0, "mode": "ok"})
-    changed = with_fixed(space, {"y": "2.5", "group": "007", "layer": "3", "mode": "true"})
+    changed = with_fixed(space, {"y": "2.5", "group": "007", "layer": "3", "mode": "true"}, Path())
     assert changed.fixed == {"y": 2.5, "group": "007", "layer": 3, "mode": "true"}
     assert space.fixed == {"y": 1.0, "mode": "ok"}
 
@@ -360,7 +361,7 @@ def test_fixed_values_from_the_command_line_have_the_types_of_the_job() -> None:
 )
 def test_a_value_that_the_command_line_cannot_fix_is_refused(name: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(SpecError) as error:
-        with_fixed(make_space(), {name: "1"})
+        with_fixed(make_space(), {name: "1"}, Path())
     check_line(error.value, *parts)
 
 
@@ -574,8 +575,8 @@ def data_space(**changes: Any) -> Space:
 def test_paths_of_datasets_become_absolute_and_names_of_the_projects_own_stay(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("{}")
     (tmp_path / "tone_pairs").write_text("not meant")
-    fixed = {"pairs": "mine.jsonl", "choices": "tone_choices", "prompts": "nowhere.jsonl", "direction": "pca"}
-    assert with_absolute_data(data_space(fixed=fixed), tmp_path).fixed == {
+    fixed = {"pairs": "mine.jsonl", "choices": "tone_choices", "vectors": "", "direction": "pca"}
+    assert with_absolute_data(data_space(fixed=fixed), [tmp_path]).fixed == {
         **fixed,
         "pairs": str(tmp_path / "mine.jsonl"),
     }
@@ -583,9 +584,63 @@ def test_paths_of_datasets_become_absolute_and_names_of_the_projects_own_stay(tm
     varied = dataclasses.replace(
         varied, parameters={**varied.parameters, "pairs": Grid(["tone_pairs", "mine.jsonl"])}
     )
-    assert with_absolute_data(varied, tmp_path).parameters["pairs"] == Grid(
+    assert with_absolute_data(varied, [tmp_path]).parameters["pairs"] == Grid(
         ["tone_pairs", str(tmp_path / "mine.jsonl")]
     )
+
+
+def two_folders(place: Path, *names: str) -> tuple[Path, Path]:
+    """A folder of spaces and one to work in, each with a dataset of its own and with `names`."""
+    folders = (place / "spaces", place / "work")
+    for folder in folders:
+        folder.mkdir()
+        for name in (f"{folder.name}.jsonl", *names):
+            (folder / name).write_text(f'{{"positive": "in {folder.name}", "negative": "b"}}\n')
+    return folders
+
+
+def test_a_relative_dataset_is_looked_for_beside_the_space_and_then_in_the_working_folder(
+    tmp_path: Path,
+) -> None:
+    spaces, work = two_folders(tmp_path, "both.jsonl")
+    fixed = {"pairs": "both.jsonl", "combine": ["spaces.jsonl", "work.jsonl"]}
+    assert with_absolute_data(data_space(fixed=fixed), [spaces, work]).fixed == {
+        "pairs": str(spaces / "both.jsonl"),
+        "combine": [str(spaces / "spaces.jsonl"), str(work / "work.jsonl")],
+    }
+    typed = with_fixed(data_space(), {"pairs": "both.jsonl"}, work)
+    assert with_absolute_data(typed, [spaces, work]).fixed == {"pairs": str(work / "both.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("nowhere.jsonl", "no dataset 'nowhere.jsonl'"), ("v.gguf", "no vector file 'v.gguf'")]
+)
+def test_a_dataset_or_vector_file_that_is_nowhere_is_refused_with_the_folders(
+    tmp_path: Path, name: str, what: str
+) -> None:
+    spaces, work = two_folders(tmp_path)
+    with pytest.raises(SpecError) as error:
+        with_absolute_data(data_space(fixed={"combine": [name]}), [spaces, work])
+    check_line(error.value, what, str(spaces), str(work))
+    assert ("'tone_pairs'" in str(error.value)) == name.endswith(".jsonl")
+
+
+def test_a_sweep_goes_on_with_the_datasets_that_it_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaces, work = two_folders(tmp_path)
+    (spaces / "mine.py").write_text(
+        SOURCE.replace("tests.fake_job", "jobs.extract")
+        .replace('"x": Grid([1, 2])', '"pairs": Grid(["work.jsonl", "spaces.jsonl"])')
+        .replace('"total"', '"held_out_auc"')
+    )
+    file = load_space(spaces / "mine.py")
+    file = file._replace(space=with_absolute_data(file.space, [spaces, work]))
+    claim(tmp_path / "out", file, RunConfig())
+    (spaces / "work.jsonl").write_text("another one of that name")
+    monkeypatch.chdir(tmp_path)
+    kept, _ = load_kept(tmp_path / "out")
+    assert kept.space.parameters["pairs"] == Grid([str(work / "work.jsonl"), str(spaces / "spaces.jsonl")])
 
 
 def test_the_copy_of_a_space_sees_the_place_of_the_original(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from jobs.spec import ModelRef, Requirement, Spec, canonical_json, content_hash,
 ROOT = Path(__file__).parents[1]
 JOBS = (
     *("jobs.capability", "jobs.capture", "jobs.classify", "jobs.extract", "jobs.generate", "jobs.honesty"),
-    *("jobs.judge", "jobs.steer"),
+    *("jobs.judge", "jobs.melbo", "jobs.steer"),
 )
-DIRECTED = {*JOBS} - {"jobs.classify"}
+DIRECTED = {*JOBS} - {"jobs.classify", "jobs.melbo"}
 """All that take a direction, or make one."""
 STEERED = ("jobs.capability", "jobs.generate", "jobs.honesty", "jobs.steer")
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -404,7 +404,7 @@ class TestCodeVersion:
                 "reading/completions.py",
                 {
                     *("jobs.capability", "jobs.capture", "jobs.generate"),
-                    *("jobs.honesty", "jobs.judge", "jobs.steer"),
+                    *("jobs.honesty", "jobs.judge", "jobs.melbo", "jobs.steer"),
                 },
             ),
             ("scoring/scorers.py", {"jobs.generate", "jobs.judge"}),
@@ -413,6 +413,7 @@ class TestCodeVersion:
             ("engine/memory.py", set(JOBS)),
             ("engine/loading.py", set(JOBS)),
             ("directions/contrast.py", DIRECTED),
+            ("unsupervised/sphere.py", {"jobs.melbo"}),
             ("scoring/statistics.py", {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge"}),
         ],
     )

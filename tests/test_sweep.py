@@ -22,7 +22,7 @@ from orchestrator import worker as worker_module
 from orchestrator.config import RunConfig
 from orchestrator.folder import claimed
 from orchestrator.interrupts import stoppable
-from orchestrator.progress import Tally
+from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
@@ -297,6 +297,17 @@ def test_a_trial_with_an_undefined_objective_is_infeasible_and_says_which(tmp_pa
     assert {point["params"]["mode"] for point in pareto(open_sweep(tmp_path))} == {"ok"}
 
 
+def test_a_job_that_measures_on_extract_alone_is_chosen_on_it_also_after_a_stop(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([2, 3, 1])}, fixed={"mode": "extract"})
+    with pytest.raises(Stopped):
+        drive(tmp_path, space, trials=3, workers=1, max_pack=1, stop_at=4)
+    assert 0 < len(trials_of(tmp_path)) < 3
+    driven = drive(tmp_path, space, trials=3)
+    assert [trial.values for trial in study_of(tmp_path)] == [[x, x * x] for x in (2, 3, 1)]
+    assert driven.tally.completed == 3
+    assert driven.tally.best == "total 3 (trial 1)"
+
+
 def test_a_trial_that_the_job_calls_infeasible_keeps_its_reason(tmp_path: Path) -> None:
     space = make_space({"x": Grid([1])}, fixed={"mode": "infeasible"})
     drive(tmp_path, space, trials=1)
@@ -560,13 +571,25 @@ def test_the_best_so_far_is_the_best_of_the_first_objective(tmp_path: Path) -> N
     assert tally.best == "square 4 (trial 2)"
 
 
+def test_the_time_left_is_told_when_a_pack_of_trials_has_ended(tmp_path: Path) -> None:
+    space = make_space({"x": Grid([1, 2, 3, 4])}, fixed={"source": 5})
+    driven = drive(tmp_path, space, trials=4, workers=1, max_pack=2)
+    jobs = [order.job for order in driven.pool.orders]
+    # Neither the prerequisite counts, nor the last pack, whose end nobody waits for.
+    assert driven.tally.packs_ended == jobs.count("tests.fake_job") - 1 == len(jobs) - 2
+    early = Tally(total=4, completed=1, workers_ready=1)
+    assert describe(early, rate=0.5).endswith("| 30.0 trials/min")
+    assert describe(dataclasses.replace(early, packs_ended=1), rate=0.5).endswith("| ETA 0:06")
+
+
 def test_a_sweep_that_has_ended_computes_nothing_again_and_tells_the_same(tmp_path: Path) -> None:
     space = make_space({"x": Grid([0, 1, 2]), "y": Grid([1.0, 2.0]), "mode": Grid(["ok", "fail", "nan"])})
     first, _ = drive(tmp_path, space, trials=18)
     listed = sorted((tmp_path / "manifest").iterdir())
     second, pool = drive(tmp_path, space, trials=18)
     assert pool.orders == []
-    assert dataclasses.replace(first, workers_ready=0) == dataclasses.replace(second, workers_ready=0)
+    of_this_driver = {"workers_ready": 0, "packs_ended": 0}
+    assert dataclasses.replace(first, **of_this_driver) == dataclasses.replace(second, **of_this_driver)
     assert sorted((tmp_path / "manifest").iterdir()) == listed
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.errors import SpecError
 from jobs.resolve import locate_data
+from jobs.spec import SPLITS
 
 
 def read_rows(name: str, texts: Sequence[str], labels: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -32,6 +33,24 @@ def read_rows(name: str, texts: Sequence[str], labels: Sequence[str] = ()) -> li
     if not rows:
         raise SpecError(f"{path.name} holds no rows; it needs at least one row with {columns}")
     return rows
+
+
+def read_split(where: str, row: Mapping[str, Any]) -> str:
+    """The split of a row, which is select where the row names none.
+
+    Args:
+        where: Which row it is, for the error.
+        row: The row.
+
+    Raises:
+        SpecError: If it names one that does not exist.
+    """
+    split = row.get("split")
+    if split in (None, ""):
+        return "select"
+    if split not in SPLITS:
+        raise SpecError(f"{where}: split={split!r}; it takes one of {list(SPLITS)}, or none, which is select")
+    return str(split)
 
 
 def _flaw(value: Any, types: tuple[type, ...]) -> str | None:

@@ -4,9 +4,8 @@ import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jobs.data.files import read_rows
+from jobs.data.files import read_rows, read_split
 from jobs.errors import SpecError
-from jobs.spec import SPLITS
 
 LETTERS = string.ascii_uppercase
 
@@ -51,9 +50,7 @@ def load_multiple_choice(name: str, count: int) -> list[Question]:
 
 
 def _question(where: str, row: Mapping[str, Any]) -> Question:
-    split = row.get("split") or "select"
-    if split not in SPLITS:
-        raise SpecError(f"{where}: split={split!r}; it takes one of {list(SPLITS)}, or none, which is select")
+    split = read_split(where, row)
     choices = _choices(where, row)
     return Question(
         split, row.get("topic") or None, row["question"], choices, _answer(where, row["answer"], len(choices))

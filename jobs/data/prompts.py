@@ -1,11 +1,18 @@
-"""Prompts to read a model with: two-way choices, open questions, conversations."""
+"""Prompts to read a model with: two-way choices, open questions, conversations.
 
-from collections.abc import Mapping
+Choices and open prompts are always read on two splits. Where no row of such a dataset names one, every fourth
+row (the 4th, the 8th, ...) belongs to report and the others to select: a row keeps its split when others are
+added behind it, or when other numbers are asked for. Where some rows name one, the rest belong to select.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from jobs.data.files import read_rows
+from jobs.data.files import read_rows, read_split
 from jobs.errors import SpecError
-from jobs.spec import SPLITS
+
+REPORT_EVERY = 4
+"""Of rows that name no split, every so many-th belongs to report."""
 
 
 class Choice(NamedTuple):
@@ -48,24 +55,52 @@ class Conversation(NamedTuple):
 
 
 def load_choices(name: str, select: int, report: int) -> list[Choice]:
-    """The first choices of each split. Raises SpecError as `read_rows` does, or if there are too few."""
-    choices = [Choice(*(row[column] for column in Choice._fields)) for row in read_rows(name, Choice._fields)]
+    """The first choices of each split.
+
+    Its columns: `user`, `answer`, `positive` and `negative`; `split`, which may be absent.
+
+    Raises:
+        SpecError: As `read_rows` does, if a split does not exist, or if there are too few.
+    """
+    columns = Choice._fields[1:]
+    rows = _with_splits(name, read_rows(name, columns))
+    choices = [Choice(split, *(row[column] for column in columns)) for split, row in rows]
     return [*_first(name, choices, "select", select), *_first(name, choices, "report", report)]
 
 
-def load_open_prompts(name: str, select: int, report: int) -> list[OpenPrompt]:
-    """The first prompts of each split. Raises SpecError as `read_rows` does, or if there are too few."""
-    prompts = [OpenPrompt(row["split"], row["prompt"]) for row in read_rows(name, OpenPrompt._fields)]
-    return [*_first(name, prompts, "select", select), *_first(name, prompts, "report", report)]
+def load_open_prompts(name: str, select: int, report: int, *, extract: int = 0) -> list[OpenPrompt]:
+    """The first prompts of each split, those of extract first, then those of select.
+
+    Its columns: `prompt`; `split`, which may be absent.
+
+    Raises:
+        SpecError: As `read_rows` does, if a split does not exist, or if there are too few.
+    """
+    rows = _with_splits(name, read_rows(name, ["prompt"]))
+    prompts = [OpenPrompt(split, row["prompt"]) for split, row in rows]
+    numbers = {"extract": extract, "select": select, "report": report}
+    return [prompt for split, count in numbers.items() for prompt in _first(name, prompts, split, count)]
 
 
 _Item = TypeVar("_Item", Choice, OpenPrompt)
+_Row = Mapping[str, Any]
+
+
+def _with_splits(name: str, rows: Sequence[_Row]) -> list[tuple[str, _Row]]:
+    """Each row behind its split."""
+    if all(row.get("split") in (None, "") for row in rows):
+        last = REPORT_EVERY - 1
+        return [("report" if at % REPORT_EVERY == last else "select", row) for at, row in enumerate(rows)]
+    return [(read_split(f"{name}, row {at} (from 0)", row), row) for at, row in enumerate(rows)]
 
 
 def _first(name: str, items: list[_Item], split: str, count: int) -> list[_Item]:
     found = [item for item in items if item.split == split]
     if len(found) < count:
-        raise SpecError(f"{name} has {len(found)} rows of the split {split!r} and {count} are asked for")
+        raise SpecError(
+            f"{name} has {len(found)} rows of the split {split!r} and {count} are asked for; ask for fewer "
+            f"or add rows (where none names a split, every {REPORT_EVERY}th is 'report', the others 'select')"
+        )
     return found[:count]
 
 
@@ -93,10 +128,9 @@ def load_conversations(name: str, count: int) -> list[Conversation]:
 
 def _conversation(where: str, row: Mapping[str, Any]) -> Conversation:
     columns = {key: value for key, value in row.items() if isinstance(key, str) and value not in (None, "")}
-    split = columns.pop("split", "select")
+    split = read_split(where, columns)
+    columns.pop("split", None)
     prompt, turns = columns.pop("prompt", None), columns.pop("turns", None)
-    if split not in SPLITS:
-        raise SpecError(f"{where}: split={split!r}; it takes one of {list(SPLITS)}, or none, which is select")
     if (prompt is None) == (turns is None):
         raise SpecError(f"{where}: prompt={prompt!r}, turns={turns!r}; give one of them")
     messages = [prompt] if turns is None else turns

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jobs.data.files import read_rows
+from jobs.data.files import read_rows, read_split
 from jobs.errors import SpecError
-from jobs.spec import SPLITS, canonical_json
+from jobs.spec import canonical_json
 
 
 class StoredReply(NamedTuple):
@@ -59,9 +59,7 @@ def _reply(name: str, number: int, row: Mapping[str, Any], labels: Sequence[str]
         )
     if absent := [column for column in labels if column not in row]:
         raise SpecError(f"{where}: it has no columns {absent}, which labels names; it has {[*row]}")
-    split = row.get("split") or "select"
-    if split not in SPLITS:
-        raise SpecError(f"{where}: split={split!r}; it takes one of {list(SPLITS)}, or none, which is select")
+    split = read_split(where, row)
     return StoredReply(split, row["prompt"], reply, _label(where, row, labels) if labels else None)
 
 

@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-from jobs.data.files import read_rows
+from jobs.data.files import read_rows, read_split
 from jobs.errors import SpecError
 from jobs.resolve import locate_data
-from jobs.spec import SPLITS
 
 
 class Text(NamedTuple):
@@ -30,10 +29,10 @@ def load_texts(name: str) -> list[Text]:
     path = locate_data(name)
     if path.suffix == ".txt":
         return _paragraphs(name, path.read_bytes())
-    found = [Text(row.get("split") or "select", row["text"]) for row in read_rows(name, ["text"])]
-    if unknown := sorted({text.split for text in found} - set(SPLITS)):
-        raise SpecError(f"{name}: splits {unknown}; there are {list(SPLITS)}, or none, which is select")
-    return found
+    return [
+        Text(read_split(f"{name}, text {number} (from 0)", row), row["text"])
+        for number, row in enumerate(read_rows(name, ["text"]))
+    ]
 
 
 def _paragraphs(name: str, content: bytes) -> list[Text]:

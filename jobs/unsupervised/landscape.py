@@ -73,7 +73,7 @@ class Landscape:
         """The objective of each vector and its gradient.
 
         Args:
-            theta_VD: The vectors.
+            theta_VD: The vectors, float32 or wider.
             vectors: Which goal each one has.
 
         Raises:
@@ -105,7 +105,7 @@ class Landscape:
     def _look(self, theta_BD: Tensor, prompts: list[int], vectors: list[int]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             theta_BD = theta_BD.detach().requires_grad_()
-            deltas_BTD = self._slice.deltas(theta_BD, prompts)
+            deltas_BTD = self._slice.deltas(theta_BD, prompts).to(theta_BD.dtype)
             powers_B, roots_B = (
                 deltas_BTD.new_tensor([getattr(self.goals[vector], name) for vector in vectors])
                 for name in ("power", "root")

@@ -8,7 +8,35 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jobs.errors import SpecError
+
 NormOver = Literal["hidden", "tokens"]
+Counted = Literal["all", "but_first", "last"]
+
+
+def counted_tokens(positions_NT: Tensor, which: Counted, *, last: int = 1) -> Tensor:
+    """Which tokens count, bool of shape (N, T).
+
+    Args:
+        positions_NT: Position of each token in its prompt, from 0; -1 marks padding, on the left.
+        which: `all`, all `but_first`, or the `last` few.
+        last: How many those are.
+
+    Raises:
+        SpecError: If a prompt has too few tokens.
+    """
+    first = 1 if which == "but_first" else 0
+    counted_NT = positions_NT >= first
+    lengths = (positions_NT >= 0).sum(dim=1).tolist()
+    least = last if which == "last" else first + 1
+    for prompt, length in enumerate(lengths):
+        if length < least:
+            raise SpecError(
+                f"prompt {prompt} has {length} tokens, and counted={which!r} asks for {least} or more"
+            )
+    if which == "last":
+        counted_NT[:, :-last] = False
+    return counted_NT
 
 
 def movement(

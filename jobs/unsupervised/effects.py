@@ -1,0 +1,71 @@
+"""What perturbations do to the target: where, and how alike.
+
+V vectors, N prompts, T tokens, D hidden.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jobs.engine.memory import in_batches
+from jobs.engine.slices import Slice
+from jobs.unsupervised.objective import shares
+
+
+class Effects(NamedTuple):
+    """Changes of the target over the counted tokens of some prompts.
+
+    Attributes:
+        products_VV: Inner products of two vectors' changes, summed over prompts, tokens and hidden units,
+            float64.
+        shares_VNT: Share of each token in the sum of |delta|^p of its prompt; padding has 0.
+    """
+
+    products_VV: Tensor
+    shares_VNT: Tensor
+
+    @property
+    def cosines_VV(self) -> Tensor:
+        """Cosines of the changes; NaN where there is none."""
+        norms_V = self.products_VV.diagonal().sqrt()
+        return self.products_VV / (norms_V[:, None] * norms_V)
+
+
+@torch.no_grad()
+def effects(
+    slice_: Slice, counted_NT: Tensor, theta_VD: Tensor, *, prompts: Sequence[int], power: float
+) -> Effects:
+    """What each vector does.
+
+    Args:
+        slice_: The blocks, and the prompts.
+        counted_NT: Which tokens count.
+        theta_VD: The vectors.
+        prompts: Which of the prompts.
+        power: p of the objective.
+
+    Raises:
+        OutOfMemory: If a single vector on a single prompt does not fit.
+    """
+    products_VV = torch.zeros((len(theta_VD), len(theta_VD)), dtype=torch.float64)
+    found = []
+    for prompt in prompts:
+        deltas_VTD = _deltas(slice_, theta_VD, prompt) * counted_NT[prompt, :, None].cpu()
+        flat_VK = deltas_VTD.flatten(1).double()
+        products_VV += flat_VK @ flat_VK.T
+        counted_VT = counted_NT[[prompt]].cpu().expand(len(theta_VD), -1)
+        found.append(shares(deltas_VTD, counted_VT, torch.full((len(theta_VD),), power)))
+    return Effects(products_VV, torch.stack(found, dim=1))
+
+
+def _deltas(slice_: Slice, theta_VD: Tensor, prompt: int) -> Tensor:
+    """Changes of the target of one prompt, shape (V, T, D), float32 or wider, on the CPU."""
+
+    def run(batch: list[int]) -> list[Tensor]:
+        deltas_BTD = slice_.deltas(theta_VD[batch], [prompt] * len(batch))
+        return list(deltas_BTD.to(torch.promote_types(deltas_BTD.dtype, torch.float32)).cpu())
+
+    tokens = slice_.positions_NT.shape[1]
+    return torch.stack(in_batches(slice_.replica, [tokens] * len(theta_VD), run))
