@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench-steering | bench-gpu | lock
+# make install | demo | test | lint | bench-steering | bench-melbo | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint bench-steering bench-gpu lock
+.PHONY: install demo test lint bench-steering bench-melbo bench-gpu lock
 
 install: $(STAMP)
 
@@ -53,6 +53,10 @@ lint: install
 bench-steering: install
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steering
+
+# Writes benchmarks/results/melbo.json, one R after another.
+bench-melbo: install
+	$(BIN)/python -m benchmarks.melbo
 
 # Needs a GPU; writes benchmarks/results/gpu.json.
 bench-gpu: install

@@ -57,14 +57,12 @@ class Landscape:
 
     Attributes:
         goals: As given.
-        evaluations: Vectors x prompts that were looked at so far.
     """
 
     def __init__(
         self, slice_: Slice, counted_NT: Tensor, goals: Sequence[Goal], *, over: NormOver = "hidden"
     ) -> None:
         self.goals = goals
-        self.evaluations = 0
         self._slice = slice_
         self._counted_NT = counted_NT
         self._over = over
@@ -99,7 +97,7 @@ class Landscape:
                 yield from ((index, None) for index in chosen)
 
         for _ in within_memory(replica, range(len(rows)), run):
-            self.evaluations += 1
+            pass
         return found
 
     def _look(self, theta_BD: Tensor, prompts: list[int], vectors: list[int]) -> tuple[Tensor, Tensor]:

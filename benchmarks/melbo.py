@@ -1,0 +1,200 @@
+"""MELBO vectors, here and as batched-melbo learns them, side by side on one machine in one run.
+
+Run by `make bench-melbo`; writes `benchmarks/results/melbo.json`. Workload: SmolLM2-135M-Instruct in float32,
+one chat prompt, output of block 7 to output of block 22, p = 2, q = 1, all tokens but the first.
+V vectors, D hidden, S steps.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import melbo_peers
+from benchmarks.machine import describe, gemm_ceiling
+from benchmarks.workload import block_flops
+from jobs.engine.loading import load_replica
+from jobs.engine.replica import Replica
+from jobs.engine.slices import Slice
+from jobs.spec import ModelRef
+from jobs.unsupervised.amsgrad import amsgrad
+from jobs.unsupervised.fixed_point import fixed_point
+from jobs.unsupervised.landscape import Climb, Goal, Landscape
+from jobs.unsupervised.learned import Learned
+from jobs.unsupervised.search import Method, Search, learn
+from jobs.unsupervised.sphere import Surface
+
+RESULTS = Path(__file__).parent / "results" / "melbo.json"
+PROMPT = "Tell me a short story about a lighthouse keeper and the sea."
+SOURCE, TARGET = 7, 22
+RADII = (0.5, 2.0, 8.0)
+VECTORS = 32
+STEPS = 300
+ORIGINAL_VECTORS = 3
+ENOUGH = 0.995
+"""Of what the peer reaches with all its steps."""
+MOST_VECTORS = 0.95
+
+
+class Timed(Landscape):
+    """A landscape that notes when each look ended, in seconds from the first.
+
+    Attributes:
+        seconds: End of every look.
+        values: What every look found, by vector; NaN for those that were not looked at.
+    """
+
+    def __init__(self, slice_: Slice, counted_NT: Tensor, goals: Sequence[Goal]) -> None:
+        super().__init__(slice_, counted_NT, goals)
+        self.seconds: list[float] = []
+        self.values: list[Tensor] = []
+        self._began: float | None = None
+
+    def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
+        """As `Landscape.climb`."""
+        self._began = time.perf_counter() if self._began is None else self._began
+        found = super().climb(theta_VD, vectors)
+        values_V = torch.full((len(self.goals),), torch.nan)
+        values_V[list(vectors)] = found.values_V
+        self.seconds.append(time.perf_counter() - self._began)
+        self.values.append(values_V)
+        return found
+
+
+class Reached(NamedTuple):
+    """When enough vectors had reached enough of their targets, and after how many looks at all of them."""
+
+    seconds: float
+    looks: int
+
+
+def reached(ground: Timed, targets_V: Tensor) -> Reached | None:
+    """When 95 % of the vectors and their mean were at 99.5 % of the targets; None if never."""
+    best_V = torch.full_like(targets_V, -torch.inf)
+    for number, (seconds, values_V) in enumerate(zip(ground.seconds, ground.values, strict=True), 1):
+        best_V = torch.fmax(best_V, values_V)
+        close = (best_V >= ENOUGH * targets_V).double().mean() >= MOST_VECTORS
+        if close and best_V.mean() >= ENOUGH * targets_V.mean():
+            return Reached(seconds, number)
+    return None
+
+
+def bench_radius(
+    replica: Replica, slice_: Slice, counted_NT: Tensor, ids: Sequence[int], radius: float
+) -> dict[str, Any]:
+    """Peers and ours from the same starts at one R."""
+    surface = Surface(radius=radius)
+    start_VD = surface.drawn(VECTORS, replica.hidden_size, seed=0)
+    where: dict[str, Any] = {"source": SOURCE, "target": TARGET, "steps": STEPS, "radius": radius}
+    few = melbo_peers.original(replica, ids, start_VD[:ORIGINAL_VECTORS], **where)
+    all_ = melbo_peers.batched(replica, ids, start_VD, **where)
+    goals = [Goal(radius=radius)] * VECTORS
+    with torch.no_grad():
+        targets_V = Landscape(slice_, counted_NT, goals).climb(all_.theta_VD, range(VECTORS)).values_V
+    apart = (few.history_SV / all_.history_SV[:, :ORIGINAL_VECTORS] - 1).abs().max()
+
+    alone = [([vector], surface) for vector in range(VECTORS)]
+    ground = Timed(slice_, counted_NT, goals)
+    began = time.perf_counter()
+    found = fixed_point(ground, start_VD, alone)
+    whole = time.perf_counter() - began
+    done = reached(ground, targets_V)
+    faithful = amsgrad(Landscape(slice_, counted_NT, goals), start_VD, alone, steps=10)
+    drift = (faithful.history_SV[:10] / all_.history_SV[:10] - 1).abs().max()
+    original_seconds = few.seconds * VECTORS / ORIGINAL_VECTORS
+    step_seconds = ground.seconds[0]
+    return {
+        "original_seconds": original_seconds,
+        "batched_seconds": all_.seconds,
+        "seconds_to_target": None if done is None else done.seconds,
+        "looks_to_target": None if done is None else done.looks,
+        "seconds_to_settle": whole,
+        "looks_to_settle": len(ground.seconds),
+        "seconds_a_look": step_seconds,
+        "speedup_original": None if done is None else original_seconds / done.seconds,
+        "speedup_batched": None if done is None else all_.seconds / done.seconds,
+        "step_speedup_original": original_seconds / STEPS / step_seconds,
+        "objective_ratio_mean": float(found.values_V.mean() / targets_V.mean()),
+        "objective_ratio_lowest": float((found.values_V / targets_V).min()),
+        "peers_apart": float(apart),
+        "amsgrad_apart": float(drift),
+        "directions": {
+            "ours, none": directions(found.theta_VD),
+            "AMSGrad, none": directions(all_.theta_VD),
+        },
+    }
+
+
+def directions(theta_VD: Tensor) -> int:
+    """How many vectors are left if those with |cosine| of 0.9 or more to an earlier one are dropped."""
+    units_VD = torch.nn.functional.normalize(theta_VD.double(), dim=1)
+    kept: list[Tensor] = []
+    for unit_D in units_VD:
+        if all(float((unit_D @ other).abs()) < 0.9 for other in kept):
+            kept.append(unit_D)
+    return len(kept)
+
+
+def bench_orthogonal(slice_: Slice, counted_NT: Tensor, radius: float) -> dict[str, float]:
+    """Joint sets against sequential ones."""
+    found: dict[str, Learned] = {}
+    for orthogonality in ("joint", "sequential"):
+        search = Search(vectors=VECTORS, goal=Goal(radius=radius), orthogonality=orthogonality)
+        [found[orthogonality]] = learn(slice_, counted_NT, [search], Method())
+    units_VD = torch.nn.functional.normalize(found["joint"].theta_VD.double(), dim=1)
+    cosines = (units_VD @ units_VD.T - torch.eye(VECTORS)).abs()
+    ratio = found["joint"].values_V.mean() / found["sequential"].values_V.mean()
+    return {"orthogonal_ratio_mean": float(ratio), "max_abs_cosine": float(cosines.max())}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time everything, print it and write it, one R after another."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.melbo", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--radii", type=float, nargs="+", default=list(RADII))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    replica = load_replica(ModelRef(id=options.model))
+    ids = replica.encode_chat(PROMPT)
+    slice_ = Slice(replica, [ids], source=SOURCE, target=TARGET)
+    counted_NT = slice_.positions_NT > 0
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "date": date.today().isoformat(),
+        "prompt_tokens": len(ids),
+        "gemm_ceiling_flops_per_second": gemm_ceiling(
+            torch.float32, inputs=replica.hidden_size, outputs=4 * replica.hidden_size
+        ),
+        "flops_a_look": 2 * VECTORS * len(ids) * (TARGET - SOURCE) * block_flops(replica),
+        "radii": {},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for radius in options.radii:
+        found = bench_radius(replica, slice_, counted_NT, ids, radius)
+        found |= bench_orthogonal(slice_, counted_NT, radius)
+        result["radii"][str(radius)] = found
+        print(json.dumps({str(radius): found}, indent=2), flush=True)
+        result |= _summary(list(result["radii"].values()))
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The worst over the radii; 0 where a target was not reached."""
+    least = ("speedup_original", "speedup_batched", "step_speedup_original", "objective_ratio_mean")
+    return {
+        **{name: float(np.min([each[name] or 0.0 for each in found])) for name in least},
+        "orthogonal_ratio_mean": min(each["orthogonal_ratio_mean"] for each in found),
+        "max_abs_cosine": max(each["max_abs_cosine"] for each in found),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
