@@ -70,15 +70,15 @@ class Params:
     counted: Literal["all", "but_first", "last"] = "but_first"
     last: int = 3
     vectors: int = 16
-    radius: float = 1.0
+    radius: float = 0.2
     radius_in: Literal["stream", "residual_norm", "calibrated"] = "calibrated"
     power: float = 2.0
     root: float = 1.0
     norm_over: Literal["hidden", "tokens"] = "hidden"
     orthogonality: Literal["joint", "sequential", "none"] = "joint"
     optimiser: Literal["fixed_point", "amsgrad", "random"] = "fixed_point"
-    steps: int = 60
-    tolerance: float = 1e-4
+    steps: int = 40
+    tolerance: float = 1e-3
     learning_rate: float = 1e-3
     prompts: str = "elicitation_prompts"
     learn_from: int = 1
@@ -147,7 +147,7 @@ def canonical(params: Params) -> Params:
     if params.counted != "last":
         unused["last"] = 1
     if params.optimiser != "fixed_point":
-        unused["tolerance"] = 1e-4
+        unused["tolerance"] = 1e-3
     if params.optimiser != "amsgrad":
         unused["learning_rate"] = 1e-3
     if params.optimiser == "random":

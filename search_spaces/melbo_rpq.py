@@ -13,7 +13,7 @@ SPACE = Space(
     ),
     job="jobs.melbo",
     parameters={
-        "radius": Float(low=0.25, high=4.0, log=True),
+        "radius": Float(low=0.03, high=1.0, log=True),
         "power": Grid([1.5, 2.0, 4.0]),
         "root": Grid([1.0, 2.0]),
         "source": Grid([5, 7, 9, 11]),
