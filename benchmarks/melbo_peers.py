@@ -15,6 +15,14 @@ from torch import Tensor
 
 from jobs.engine.replica import Replica
 
+_WORKLOAD: dict[str, Any] = {
+    "target_token_idxs": slice(1, None),
+    "layers_name": "model.layers",
+    "power": 2,
+    "q": 1,
+}
+"""What both versions are told alike."""
+
 
 class Trained(NamedTuple):
     """What a peer learned.
@@ -81,12 +89,9 @@ def original(
                 _tokenizer(ids),
                 source_layer_idx=source,
                 target_layer_idx=target + 1,
-                target_token_idxs=slice(1, None),
-                layers_name="model.layers",
                 normalization=radius,
                 num_steps=steps,
-                power=2,
-                q=1,
+                **_WORKLOAD,
             )
             model.train([""], len(start_VD))
     finally:
@@ -116,12 +121,9 @@ def batched(
             _tokenizer(ids),
             source_layer_idx=source,
             target_layer_idx=target,
-            target_token_idxs=slice(1, None),
-            layers_name="model.layers",
             normalization=radius,
             num_steps=steps,
-            power=2,
-            q=1,
+            **_WORKLOAD,
         )
         model.train("", len(start_VD))
     seconds = time.perf_counter() - began

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from jobs.unsupervised.learned import Learned
 
 
+RadiusUnit = Literal["stream", "residual_norm", "calibrated"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Params:
     """Where vectors act and are read, how they are learned, and the prompts.
@@ -71,7 +74,7 @@ class Params:
     last: int = 3
     vectors: int = 16
     radius: float = 0.2
-    radius_in: Literal["stream", "residual_norm", "calibrated"] = "calibrated"
+    radius_in: RadiusUnit = "calibrated"
     power: float = 2.0
     root: float = 1.0
     norm_over: Literal["hidden", "tokens"] = "hidden"
@@ -164,10 +167,10 @@ def _read_prompts(params: Params) -> list[OpenPrompt]:
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """Learn the vectors of every row of the pack in shared batches, complete all prompts under each.
 
-    Tensors of the outcome: `vectors` (vectors, hidden), float32; `objectives` (vectors,); `history` (steps,
-    vectors), the objective before each step, NaN after the last; `shares` (vectors, tokens), the share of
-    each token of the prompts learned from, one after another, in sum of |delta|^p. Tables: `vectors`,
-    `completions`.
+    Tensors of the outcome, float32: `vectors` (vectors, hidden), in stream units; `objectives` (vectors,);
+    `history` (steps, vectors), the objective before each step, NaN after the last; `shares` (vectors,
+    prompts, tokens), each token's share of its prompt's sum of |delta|^p, for the prompts that were learned
+    from, padded on the left. Tables: `vectors`, `completions`.
 
     A row fails alone if the objective of a vector is not finite where it starts, or the logits under one are
     not.
@@ -251,11 +254,12 @@ def _learn_together(replica: "Replica", prompts: Sequence[Sequence[int]], rows: 
     slice_ = _slice(replica, prompts, params)
     counted_NT = counted_tokens(slice_.positions_NT, params.counted, last=params.last)
     everything = tuple(range(len(prompts)))
+    units = {name: _unit(slice_, counted_NT, name) for name in {row.params.radius_in for row in rows}}
     searches = [
         Search(
             vectors=row.params.vectors,
             goal=Goal(
-                radius=row.params.radius * _unit(slice_, counted_NT, row.params),
+                radius=row.params.radius * units[row.params.radius_in],
                 power=row.params.power,
                 root=row.params.root,
                 prompts=everything,
@@ -292,11 +296,11 @@ def _slice(replica: "Replica", prompts: Sequence[Sequence[int]], params: Params)
     )
 
 
-def _unit(slice_: "Slice", counted_NT: "Tensor", params: Params) -> float:
+def _unit(slice_: "Slice", counted_NT: "Tensor", radius_in: RadiusUnit) -> float:
     """What a radius of 1 means, in stream units."""
     from jobs.unsupervised.calibration import calibrated_radius, residual_norm
 
-    match params.radius_in:
+    match radius_in:
         case "stream":
             return 1.0
         case "residual_norm":
@@ -347,12 +351,11 @@ def _outcome(
         chosen = [said for prompt, said in zip(prompts, said_PV, strict=True) if prompt.split == split]
         metrics[split] = {**learned, **behaviours(chosen, fluency, params.encoder)}
     assert found.effects is not None
-    counted_VNT = found.effects.shares_VNT
     tensors = {
         "vectors": found.learned.theta_VD,
         "objectives": found.learned.values_V,
         "history": found.learned.history_SV,
-        "shares": counted_VNT,
+        "shares": found.effects.shares_VNT,
     }
     return Outcome(
         metrics=metrics,
