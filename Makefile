@@ -54,8 +54,9 @@ bench-steering: install
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.steering
 
-# Writes benchmarks/results/melbo.json, one R after another.
+# Hours on 2 cores; writes benchmarks/results/melbo.json, one R after another, and dct.json.
 bench-melbo: install
+	$(BIN)/python -m benchmarks.dct
 	$(BIN)/python -m benchmarks.melbo
 
 # Needs a GPU; writes benchmarks/results/gpu.json.

@@ -21,9 +21,14 @@ from torch import Tensor
 from benchmarks import melbo_peers
 from benchmarks.machine import describe, gemm_ceiling
 from benchmarks.workload import block_flops
+from jobs.data.prompts import OpenPrompt
+from jobs.engine.interventions import Add
 from jobs.engine.loading import load_replica
 from jobs.engine.replica import Replica
 from jobs.engine.slices import Slice
+from jobs.engine.tables import row_tables
+from jobs.reading.behaviours import Reading
+from jobs.reading.sayings import sayings
 from jobs.spec import ModelRef
 from jobs.unsupervised.amsgrad import amsgrad
 from jobs.unsupervised.fixed_point import fixed_point
@@ -34,11 +39,13 @@ from jobs.unsupervised.sphere import Surface
 
 RESULTS = Path(__file__).parent / "results" / "melbo.json"
 PROMPT = "Tell me a short story about a lighthouse keeper and the sea."
+OTHER_PROMPTS = ("What should I do with a free afternoon?", "Describe a market in the morning.")
 SOURCE, TARGET = 7, 22
 RADII = (0.5, 2.0, 8.0)
 VECTORS = 32
 STEPS = 300
 ORIGINAL_VECTORS = 3
+MEMORY_MIB = 256
 ENOUGH = 0.995
 """Of what the peer reaches with all its steps."""
 MOST_VECTORS = 0.95
@@ -126,10 +133,55 @@ def bench_radius(
         "objective_ratio_lowest": float((found.values_V / targets_V).min()),
         "peers_apart": float(apart),
         "amsgrad_apart": float(drift),
-        "directions": {
-            "ours, none": directions(found.theta_VD),
-            "AMSGrad, none": directions(all_.theta_VD),
-        },
+        **bench_diversity(
+            replica, slice_, counted_NT, radius, {"ours": found.theta_VD, "AMSGrad": all_.theta_VD}
+        ),
+    }
+
+
+def worth(replica: Replica, theta_VD: Tensor) -> dict[str, float]:
+    """What a set of vectors is worth: distinct directions, and what they make the model say."""
+    reading = Reading()
+    texts = [OpenPrompt("select", prompt) for prompt in (PROMPT, *OTHER_PROMPTS)]
+    encoded = [replica.encode_chat(each.prompt) for each in texts]
+    changes = [[Add(layer=SOURCE, vector=theta_D.numpy())] for theta_D in theta_VD]
+    tables = row_tables(replica, changes)
+    [(_, found)] = sayings(
+        replica, encoded, tables, vectors=len(theta_VD), max_new_tokens=reading.max_new_tokens
+    )
+    metrics = reading.behaviours(texts, found.said_PV).metrics["select"]
+    names = ("distinct_completions", "vendi", "diversity", "nll", "repetition", "fluent")
+    return {"directions": float(directions(theta_VD)), **{name: metrics[name] for name in names}}
+
+
+def bench_diversity(
+    replica: Replica, slice_: Slice, counted_NT: Tensor, radius: float, free: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Both optimisers from equal starts, with orthogonality and without.
+
+    Args:
+        replica: The model.
+        slice_: The blocks, and the prompt.
+        counted_NT: Which tokens count.
+        radius: R.
+        free: The vectors of both without orthogonality.
+    """
+    sets = {f"{name}, none": theta_VD for name, theta_VD in free.items()}
+    methods = {"ours": Method(), "AMSGrad": Method(optimiser="amsgrad", steps=STEPS)}
+    for name, method in methods.items():
+        search = Search(vectors=VECTORS, goal=Goal(radius=radius))
+        [learned] = learn(slice_, counted_NT, [search], method)
+        sets[f"{name}, joint"] = learned.theta_VD
+    found = {name: worth(replica, theta_VD) for name, theta_VD in sets.items()}
+    ratios = {
+        f"{measure}, {kind}": found[f"ours, {kind}"][measure] / found[f"AMSGrad, {kind}"][measure]
+        for kind in ("none", "joint")
+        for measure in ("directions", "distinct_completions", "vendi")
+    }
+    return {
+        "sets": found,
+        "diversity_ratios": ratios,
+        "diversity_ratio": min(ratio for name, ratio in ratios.items() if name.endswith("joint")),
     }
 
 
@@ -155,6 +207,33 @@ def bench_orthogonal(slice_: Slice, counted_NT: Tensor, radius: float) -> dict[s
     return {"orthogonal_ratio_mean": float(ratio), "max_abs_cosine": float(cosines.max())}
 
 
+def bench_costs(replica: Replica, ids: Sequence[int]) -> dict[str, Any]:
+    """Seconds of a look against vectors and depth, and of steps; and how little memory changes the result."""
+
+    def ground(target: int, vectors: int) -> tuple[Landscape, Tensor]:
+        slice_ = Slice(replica, [ids], source=SOURCE, target=target)
+        start_VD = Surface(radius=2.0).drawn(vectors, replica.hidden_size, seed=0)
+        return Landscape(slice_, slice_.positions_NT > 0, [Goal(radius=2.0)] * vectors), start_VD
+
+    def seconds(target: int, vectors: int, looks: int = 1) -> float:
+        landscape, theta_VD = ground(target, vectors)
+        landscape.climb(theta_VD[:1], [0])  # warm-up
+        began = time.perf_counter()
+        for _ in range(looks):
+            landscape.climb(theta_VD, range(vectors))
+        return time.perf_counter() - began
+
+    memory, replica.memory = replica.memory, MEMORY_MIB * 2**20
+    narrow = {str(vectors): seconds(TARGET, vectors) for vectors in (32, 128)}
+    replica.memory = memory
+    return {
+        "seconds_by_vectors": {str(vectors): seconds(TARGET, vectors) for vectors in (8, 16, 32, 64, 128)},
+        "seconds_by_looks": {str(looks): seconds(TARGET, 16, looks) for looks in (1, 2, 4, 8)},
+        "seconds_by_depth": {str(target - SOURCE): seconds(target, 32) for target in (12, 17, 22, 27)},
+        f"seconds_by_vectors_in_{MEMORY_MIB}_mib": narrow,
+    }
+
+
 def main(arguments: Sequence[str]) -> None:
     """Time everything, print it and write it, one R after another."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.melbo", description=__doc__)
@@ -177,6 +256,7 @@ def main(arguments: Sequence[str]) -> None:
         "radii": {},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    result["costs"] = bench_costs(replica, ids)
     for radius in options.radii:
         found = bench_radius(replica, slice_, counted_NT, ids, radius)
         found |= bench_orthogonal(slice_, counted_NT, radius)
@@ -188,7 +268,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The worst over the radii; 0 where a target was not reached."""
-    least = ("speedup_original", "speedup_batched", "step_speedup_original", "objective_ratio_mean")
+    least = (
+        *("speedup_original", "speedup_batched", "step_speedup_original", "objective_ratio_mean"),
+        "diversity_ratio",
+    )
     return {
         **{name: float(np.min([each[name] or 0.0 for each in found])) for name in least},
         "orthogonal_ratio_mean": min(each["orthogonal_ratio_mean"] for each in found),

@@ -10,7 +10,7 @@ from jobs.data.files import read_rows, read_split
 from jobs.data.pairs import Pair, load_pairs
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.steering import Steering, canonical_steering, extraction_of, interventions
+from jobs.steering import Steering, canonical_steering, directions_of, extraction_of, interventions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ def requires(params: Params) -> Sequence[Requirement]:
     """The directions, if it is steered."""
     if params.is_unsteered:
         return ()
-    return (Requirement(job="jobs.extract", params=_extraction(params)),)
+    return (directions_of(params, _extraction(params)),)
 
 
 def check(params: Params) -> None:

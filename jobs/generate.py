@@ -22,6 +22,7 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status, 
 from jobs.steering import (
     Steering,
     canonical_steering,
+    directions_of,
     extraction_of,
     interventions,
     vector_rows,
@@ -113,7 +114,7 @@ def requires(params: Params) -> Sequence[Requirement]:
     """The direction, if it is steered."""
     if params.is_unsteered:
         return ()
-    return (Requirement(job="jobs.extract", params=_extraction(params)),)
+    return (directions_of(params, _extraction(params)),)
 
 
 def check(params: Params) -> None:

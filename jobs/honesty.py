@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jobs import extract, steering
 from jobs.data.claims import LETTERS, ClaimQuestion, load_questions
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.steering import Steering, canonical_steering, extraction_of, interventions, without_steering
+from jobs.steering import (
+    Steering,
+    canonical_steering,
+    directions_of,
+    extraction_of,
+    interventions,
+    without_steering,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +105,7 @@ def requires(params: Params) -> Sequence[Requirement]:
     """The directions, and the unsteered reading of the same claims."""
     if params.is_unsteered:
         return ()
-    return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
+    return (directions_of(params, _extraction(params)), _unsteered(params))
 
 
 def check(params: Params) -> None:

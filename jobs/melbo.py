@@ -1,125 +1,108 @@
 """Job: learn vectors that change a later layer most, without pairs; read what they make the model say.
 
-MELBO: Mack and Turner, "Mechanistically eliciting latent behaviors in language models", 2024.
+MELBO: Mack and Turner, "Mechanistically eliciting latent behaviors in language models", 2024. Random vectors
+of the same norm are read beside every set: the same job without an optimiser.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs import sample
+from jobs.asking import encode_prompt
+from jobs.calibrate import radius_unit, unit_of
+from jobs.data.prompts import OpenPrompt
+from jobs.errors import SpecError
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
+from jobs.reading.behaviours import (
+    OVER_RANDOM,
+    Behaviours,
+    Reading,
+    at_nll,
+    over_random,
+    stored_means,
+)
+from jobs.resolve import parse_use
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.unsupervised.params import Learning, canonical_learning, learning_prompts
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from jobs.engine.decoding import Continuation
     from jobs.engine.replica import Replica
-    from jobs.engine.slices import Slice
-    from jobs.engine.tables import RowTables
     from jobs.reading.behaviours import Said
-    from jobs.unsupervised.effects import Effects
-    from jobs.unsupervised.learned import Learned
-
-
-RadiusUnit = Literal["stream", "residual_norm", "calibrated"]
+    from jobs.unsupervised.sets import VectorSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
-    """Where vectors act and are read, how they are learned, and the prompts.
+class Params(Learning, Reading):
+    """Which vectors are learned, what they are read on, and what they are compared with.
 
     Attributes:
-        source: Block to whose output vectors are added, at every token, counted from 0.
-        target: Block at whose output the change is measured; above `source`. The original's
-            `target_layer_idx` is one more.
-        target_site: `after` the target block, or what its `attention` adds.
-        counted: Tokens whose change counts: `all`, all `but_first` (the first token of many models carries
-            huge states, and would be the whole objective), or the `last` few.
-        last: How many, where `counted` is `last`.
-        vectors: Number of vectors of the set.
-        radius: R, the norm of each vector, in the unit `radius_in`.
-        radius_in: `stream`: units of the residual stream. `residual_norm`: the mean norm of the residual
-            stream at the source over the counted tokens. `calibrated`: the norm at which random vectors begin
-            to act nonlinearly (`unsupervised.calibration`).
-        power: p of the objective, at least 1.
-        root: q of the objective, at least 1.
-        norm_over: What the norm inside of the objective is taken over: `hidden`, as in the formula, or
-            `tokens`, as in the original code.
-        orthogonality: `joint`: all vectors at right angles, learned together. `sequential`: each at right
-            angles to those learned before it. `none`.
-        optimiser: `fixed_point`; `amsgrad`, as in the original; `random`: vectors that are not learned.
-        steps: Most steps of each vector.
-        tolerance: Relative rise of the objective at which the fixed point has settled.
-        learning_rate: Of AMSGrad, in residual-stream units an element and step.
-        prompts: Dataset of open prompts. Vectors are learned from those of the split extract, and read on
-            all of them.
-        learn_from: How many prompts of the split extract vectors are learned from.
-        read_on: How many prompts of each of the splits select and report they are read on.
-        system: System message; None leaves what the model's template does by itself.
-        max_new_tokens: Most tokens of a completion.
-        most_nll: A completion is fluent up to so many nats a token under the unsteered model.
-        most_repetition: A completion is fluent up to this share of repeated trigrams.
-        encoder: Of the sentence embeddings that diversity is measured with.
+        read_on: How many prompts of each of the splits select and report the vectors are read on, besides
+            those that they are learned from.
+        compare: Whether random vectors of the same norm are read too.
+        random_norms: Further norms, in units of the set's own, at which random vectors are read, to compare
+            with random ones of equal nll.
+        temperatures: Temperatures at which the unsteered model is sampled, to compare with texts of equal
+            nll.
     """
 
-    source: int = 7
-    target: int = 22
-    target_site: Literal["after", "attention"] = "after"
-    counted: Literal["all", "but_first", "last"] = "but_first"
-    last: int = 3
-    vectors: int = 16
-    radius: float = 0.2
-    radius_in: RadiusUnit = "calibrated"
-    power: float = 2.0
-    root: float = 1.0
-    norm_over: Literal["hidden", "tokens"] = "hidden"
-    orthogonality: Literal["joint", "sequential", "none"] = "joint"
-    optimiser: Literal["fixed_point", "amsgrad", "random"] = "fixed_point"
-    steps: int = 40
-    tolerance: float = 1e-3
-    learning_rate: float = 1e-3
-    prompts: str = "elicitation_prompts"
-    learn_from: int = 1
     read_on: int = 2
-    system: str | None = None
-    max_new_tokens: int = 30
-    most_nll: float = 3.0
-    most_repetition: float = 0.3
-    encoder: str = "all-minilm-l6-v2"
+    compare: bool = True
+    random_norms: tuple[float, ...] = ()
+    temperatures: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.source < self.target:
-            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
-        for name in ("last", "vectors", "learn_from", "read_on", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("power", "root"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("radius", "tolerance", "learning_rate", "most_nll"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes more than 0")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}; it takes 1 or more")
-        if not 0 <= self.most_repetition <= 1:
-            raise ValueError(f"most_repetition={self.most_repetition}; it takes a share from 0 to 1")
+        self.check_learning()
+        self.check_reading()
+        if self.read_on < 1:
+            raise ValueError(f"read_on={self.read_on}; it takes 1 or more")
+        for name in ("random_norms", "temperatures"):
+            values = getattr(self, name)
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name}={values}; each takes more than 0")
+
+
+def parse(learned: str) -> Params:
+    """The parameters of this job as another one names them, such as `jobs.melbo{"source": 7}`.
+
+    Raises:
+        ValueError: If it is not that, or the parameters cannot be meant.
+    """
+    try:
+        found = parse_use(learned).params
+    except SpecError as error:
+        raise ValueError(f"learned: {error}") from error
+    if not isinstance(found, Params):
+        raise ValueError(f"learned={learned!r} is another job; it takes {__name__}")
+    return found
 
 
 METRICS = {
     "objective": Metric("stream units^(p/q)", "mean over the vectors of what they are to maximise"),
+    "objective_start": Metric(
+        "stream units^(p/q)", "the same where they start, times the factor of a penalty if there is one"
+    ),
     "delta_cosine": Metric("cosine", "mean absolute cosine between two vectors' changes of the target"),
     "radius": Metric("stream units", "norm of every vector"),
+    "on_manifold": Metric("share", "mean share of squared norm in the span of the prompt's activations"),
+    "on_manifold_random": Metric("share", "the same of random vectors"),
+    "identity": Metric("share", "change of the target that no vector makes, over its largest state"),
     "settled": Metric("share", "vectors whose optimiser stopped by its own test"),
     "steps": Metric("steps", "mean number of steps of a vector"),
     **BEHAVIOURS,
+    **OVER_RANDOM,
+    "diversity_over_random_at_nll": Metric(
+        "1 - cosine", "diversity less that of random vectors of the norm at which they have the same nll"
+    ),
+    "diversity_over_sampling_at_nll": Metric(
+        "1 - cosine", "diversity less that of unsteered samples at the temperature of the same nll"
+    ),
 }
 PACK_BY = (
-    *("vectors", "prompts", "learn_from", "read_on", "system", "max_new_tokens"),
+    *("vectors", "prompts", "learn_from", "read_on", "chat", "system", "max_new_tokens"),
     *("most_nll", "most_repetition", "encoder"),
 )
 DATA = ("prompts",)
@@ -128,15 +111,42 @@ LAYERS = ("source", "target")
 
 def size(params: Params) -> Size:
     """About 45 tokens a prompt: each step reads half the model twice, completions are read twice."""
-    steps = 10 if params.optimiser == "fixed_point" else params.steps
+    steps = {"fixed_point": 10, "none": 1}.get(params.optimiser, params.steps)
     learned, read = params.learn_from * params.vectors, 2 * params.read_on * params.vectors
     tokens = 45 * learned * steps + (learned + read) * 2 * (45 + params.max_new_tokens)
     return Size(learned + read, tokens)
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """Nothing."""
-    return ()
+    """The unit of the radius, and what is asked for of random vectors and unsteered samples."""
+    unit = unit_of(params)
+    return unit if params.is_random else [*unit, *_random(params), *_sampled(params)]
+
+
+def _random(params: Params) -> list[Requirement]:
+    norms = dict.fromkeys([*((1.0,) if params.compare else ()), *params.random_norms])
+    return [random_of(params, norm=norm) for norm in norms]
+
+
+def random_of(params: Params, *, norm: float = 1.0) -> Requirement:
+    """Random vectors that are read as the set is, of so many times its norm."""
+    random = replace(params, optimiser="none", start="random", contrast=0.0, radius=norm * params.radius)
+    return Requirement(job=__name__, params=canonical(random))
+
+
+def _sampled(params: Params) -> list[Requirement]:
+    return [
+        Requirement(
+            job="jobs.sample",
+            params=sample.Params(
+                samples=params.vectors,
+                temperature=temperature,
+                read_on=params.read_on,
+                **{name: getattr(params, name) for name in sample.SHARED},
+            ),
+        )
+        for temperature in params.temperatures
+    ]
 
 
 def check(params: Params) -> None:
@@ -145,32 +155,24 @@ def check(params: Params) -> None:
 
 
 def canonical(params: Params) -> Params:
-    """What an optimiser does not use does not matter to it."""
-    unused: dict[str, Any] = {}
-    if params.counted != "last":
-        unused["last"] = 1
-    if params.optimiser != "fixed_point":
-        unused["tolerance"] = 1e-3
-    if params.optimiser != "amsgrad":
-        unused["learning_rate"] = 1e-3
-    if params.optimiser == "random":
-        unused["steps"] = 1
-    if params.power == 2:
-        unused["norm_over"] = "hidden"
-    return replace(params, **unused)
+    """What an optimiser does not use does not matter to it; random vectors are compared with nothing."""
+    if params.is_random:
+        params = replace(params, compare=True, random_norms=(), temperatures=())
+    return canonical_learning(params)
 
 
 def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+    return learning_prompts(params, select=params.read_on, report=params.read_on)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """Learn the vectors of every row of the pack in shared batches, complete all prompts under each.
 
     Tensors of the outcome, float32: `vectors` (vectors, hidden), in stream units; `objectives` (vectors,);
-    `history` (steps, vectors), the objective before each step, NaN after the last; `shares` (vectors,
+    `history` (steps, vectors), what each step found before it moved, NaN after the last; `shares` (vectors,
     prompts, tokens), each token's share of its prompt's sum of |delta|^p, for the prompts that were learned
-    from, padded on the left. Tables: `vectors`, `completions`.
+    from, padded on the left; `on_manifold` (vectors,); and what
+    `behaviours.Behaviours` has. Tables: `vectors`, `completions`.
 
     A row fails alone if the objective of a vector is not finite where it starts, or the logits under one are
     not.
@@ -181,220 +183,122 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """
     from jobs.engine.interventions import Add
     from jobs.engine.tables import row_tables
-    from jobs.reading.completions import flaw_of
+    from jobs.reading.sayings import sayings
+    from jobs.unsupervised.sets import learn_sets
 
     params = rows[0].params
     prompts = _read_prompts(params)
-    encoded = [replica.encode_chat(prompt.prompt, system=params.system) for prompt in prompts]
-    sets = _learn(replica, encoded[: params.learn_from], rows)
-    whole = [index for index, found in sets.items() if found.is_whole]
-    for index in sets.keys() - whole:
+    encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
+    units = [radius_unit(row.params, context) for row in rows]
+    sets = learn_sets(replica, encoded[: params.learn_from], rows, units)
+    whole = [index for index, found in enumerate(sets) if found.is_whole]
+    for index in set(range(len(rows))) - set(whole):
         yield index, Outcome(status=Status.FAILED, reason=_NOT_FINITE)
     changes = [
         [Add(layer=rows[index].params.source, vector=theta_D.cpu().numpy())]
         for index in whole
         for theta_D in sets[index].learned.theta_VD
     ]
-    for place, replies in _completed(replica, encoded, row_tables(replica, changes), params):
-        index = whole[place]
-        flaw = next(filter(None, map(flaw_of, replies)), None)
-        if flaw is not None:
-            yield index, Outcome(status=Status.FAILED, reason=flaw)
+    said = sayings(
+        replica,
+        encoded,
+        row_tables(replica, changes),
+        vectors=params.vectors,
+        max_new_tokens=params.max_new_tokens,
+    )
+    for place, found in said if whole else ():
+        row = rows[whole[place]]
+        if found.flaw is not None:
+            yield whole[place], Outcome(status=Status.FAILED, reason=found.flaw)
         else:
-            said = _said(replica, encoded, replies, params)
-            yield index, _outcome(prompts, said, rows[index].params, sets[index])
+            read = row.params.behaviours(prompts, found.said_PV)
+            done = _outcome(prompts, found.said_PV, read, row.params, sets[whole[place]])
+            yield whole[place], replace(done, metrics=_compared(done.metrics, row.params, context))
 
 
 _NOT_FINITE = "the objective is not finite where a vector starts; use a smaller radius, or a wider dtype"
-_TOGETHER = (
-    *("source", "target", "target_site", "counted", "last", "norm_over"),
-    *("optimiser", "steps", "tolerance", "learning_rate"),
-)
-"""Rows that agree in these learn in shared batches."""
-
-
-class _Set(NamedTuple):
-    """The vectors of a row.
-
-    Attributes:
-        learned: As they were learned.
-        radius: Their norm, in stream units.
-        effects: What they do to the prompts they were learned from; None where a vector is not finite.
-    """
-
-    learned: "Learned"
-    radius: float
-    effects: "Effects | None"
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every vector is finite."""
-        return self.effects is not None
-
-
-def _learn(replica: "Replica", prompts: Sequence[Sequence[int]], rows: Sequence[Row]) -> dict[int, _Set]:
-    """The vectors of every row, in the order of the rows."""
-    together: dict[tuple[Any, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        together.setdefault(tuple(getattr(row.params, name) for name in _TOGETHER), []).append(index)
-    found: dict[int, _Set] = {}
-    for indices in together.values():
-        chosen = [rows[index] for index in indices]
-        found |= zip(indices, _learn_together(replica, prompts, chosen), strict=True)
-    return dict(sorted(found.items()))
-
-
-def _learn_together(replica: "Replica", prompts: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[_Set]:
-    from jobs.unsupervised.effects import effects
-    from jobs.unsupervised.landscape import Goal
-    from jobs.unsupervised.objective import counted_tokens
-    from jobs.unsupervised.search import Method, Search, learn
-
-    params: Params = rows[0].params
-    slice_ = _slice(replica, prompts, params)
-    counted_NT = counted_tokens(slice_.positions_NT, params.counted, last=params.last)
-    everything = tuple(range(len(prompts)))
-    units = {name: _unit(slice_, counted_NT, name) for name in {row.params.radius_in for row in rows}}
-    searches = [
-        Search(
-            vectors=row.params.vectors,
-            goal=Goal(
-                radius=row.params.radius * units[row.params.radius_in],
-                power=row.params.power,
-                root=row.params.root,
-                prompts=everything,
-            ),
-            orthogonality=row.params.orthogonality,
-            seed=row.seed,
-        )
-        for row in rows
-    ]
-    method = Method(
-        optimiser=params.optimiser,
-        steps=params.steps,
-        tolerance=params.tolerance,
-        learning_rate=params.learning_rate,
-    )
-    found = []
-    for search, learned in zip(
-        searches, learn(slice_, counted_NT, searches, method, over=params.norm_over), strict=True
-    ):
-        done = None
-        if bool(learned.theta_VD.isfinite().all()):
-            done = effects(slice_, counted_NT, learned.theta_VD, prompts=everything, power=search.goal.power)
-        found.append(_Set(learned, search.goal.radius, done))
-    return found
-
-
-def _slice(replica: "Replica", prompts: Sequence[Sequence[int]], params: Params) -> "Slice":
-    from jobs.engine.slices import Slice
-
-    place = (params.source, params.target, params.target_site)
-    return replica.keep(
-        (__name__, tuple(map(tuple, prompts)), place),
-        lambda: Slice(replica, prompts, source=params.source, target=params.target, site=params.target_site),
-    )
-
-
-def _unit(slice_: "Slice", counted_NT: "Tensor", radius_in: RadiusUnit) -> float:
-    """What a radius of 1 means, in stream units."""
-    from jobs.unsupervised.calibration import calibrated_radius, residual_norm
-
-    match radius_in:
-        case "stream":
-            return 1.0
-        case "residual_norm":
-            return residual_norm(slice_, counted_NT)
-        case "calibrated":
-            return calibrated_radius(slice_, counted_NT)
-
-
-def _completed(
-    replica: "Replica", prompts: Sequence[list[int]], tables: "RowTables", params: Params
-) -> "Iterator[tuple[int, list[Continuation]]]":
-    """Completions under the vectors of each row: those of a vector to all prompts, one after another."""
-    from jobs.engine.decoding import Decoding, Work, generate
-    from jobs.engine.groups import in_parts
-
-    work = [Work(prompt, vector) for vector in range(tables.rows) for prompt in range(len(prompts))]
-    decoding = Decoding(max_new_tokens=params.max_new_tokens)
-    found = generate(replica, prompts, tables, work, decoding)
-    return in_parts(found, params.vectors * len(prompts))
-
-
-def _said(
-    replica: "Replica", prompts: Sequence[list[int]], replies: "Sequence[Continuation]", params: Params
-) -> "list[list[Said]]":
-    """For each prompt what is said under each vector."""
-    from jobs.reading.behaviours import Said
-    from jobs.reading.rereading import unsteered_nll
-    from jobs.scoring.text import repeated_ngrams
-
-    tokens = [reply.tokens for reply in replies]
-    nll = unsteered_nll(replica, [*prompts] * params.vectors, tokens)
-    said = [
-        Said(new, replica.decode(new), score, repeated_ngrams(new), len(new) < params.max_new_tokens)
-        for new, score in zip(tokens, nll, strict=True)
-    ]
-    return [said[prompt :: len(prompts)] for prompt in range(len(prompts))]
 
 
 def _outcome(
-    prompts: Sequence[OpenPrompt], said_PV: "Sequence[Sequence[Said]]", params: Params, found: _Set
+    prompts: Sequence[OpenPrompt],
+    said_PV: "Sequence[Sequence[Said]]",
+    read: Behaviours,
+    params: Params,
+    found: "VectorSet",
 ) -> Outcome:
-    from jobs.reading.behaviours import Fluency, behaviours
+    from jobs.reading.sayings import completion_rows
 
-    fluency = Fluency(most_nll=params.most_nll, most_repetition=params.most_repetition)
-    learned = _learned_metrics(found)
-    metrics = {}
-    for split in dict.fromkeys(prompt.split for prompt in prompts):
-        chosen = [said for prompt, said in zip(prompts, said_PV, strict=True) if prompt.split == split]
-        metrics[split] = {**learned, **behaviours(chosen, fluency, params.encoder)}
     assert found.effects is not None
+    learned = _learned_metrics(found)
     tensors = {
         "vectors": found.learned.theta_VD,
-        "objectives": found.learned.values_V,
+        "objectives": found.effects.objectives_V,
         "history": found.learned.history_SV,
         "shares": found.effects.shares_VNT,
+        "on_manifold": found.on_manifold_V,
     }
     return Outcome(
-        metrics=metrics,
-        tables={"completions": _completions(prompts, said_PV), "vectors": _vectors(params, found)},
-        tensors={name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
+        metrics={split: {**learned, **means} for split, means in read.metrics.items()},
+        tables={"completions": completion_rows(prompts, said_PV), "vectors": _vectors(params, found)},
+        tensors={
+            **{name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
+            **read.tensors,
+        },
     )
 
 
-def _learned_metrics(found: _Set) -> dict[str, float]:
+def _learned_metrics(found: "VectorSet") -> dict[str, float]:
     assert found.effects is not None
     cosines_VV = found.effects.cosines_VV.abs().numpy()
     pairs = cosines_VV[np.triu_indices(len(cosines_VV), k=1)]
+    history_SV = found.learned.history_SV
+    start_V = history_SV[0] if len(history_SV) else found.learned.values_V
     return {
-        "objective": float(found.learned.values_V.double().mean()),
+        "objective": float(found.effects.objectives_V.mean()),
+        "objective_start": float(start_V.double().mean()),
         "delta_cosine": float(pairs.mean()) if len(pairs) else math.nan,
         "radius": found.radius,
+        "on_manifold": float(found.on_manifold_V.double().mean()),
+        "on_manifold_random": found.on_manifold_random,
+        "identity": found.effects.identity,
         "settled": float(found.learned.settled_V.double().mean()),
         "steps": float(found.learned.history_SV.isfinite().sum(dim=0).double().mean()),
     }
 
 
-def _completions(prompts: Sequence[OpenPrompt], said_PV: "Sequence[Sequence[Said]]") -> list[dict[str, Any]]:
-    """Rows of the table `completions`; `item` is prompt x vectors + vector, each from 0."""
-    return [
-        {
-            "split": prompt.split,
-            "item": number * len(said_V) + vector,
-            "prompt": prompt.prompt,
-            "text": said.text,
-            "tokens": len(said.tokens),
-            "nll": said.nll,
-            "repetition": said.repetition,
-        }
-        for number, (prompt, said_V) in enumerate(zip(prompts, said_PV, strict=True))
-        for vector, said in enumerate(said_V)
-    ]
+def _compared(
+    metrics: Mapping[str, Mapping[str, float]], params: Params, context: Context
+) -> dict[str, dict[str, float]]:
+    """The metrics with those that compare them to random vectors and to unsteered samples."""
+    random, sampled = (
+        [] if params.is_random else [context.artifact(each) for each in needed(params)]
+        for needed in (_random, _sampled)
+    )
+    return {
+        split: {**means, **_over(means, params, *(_means(each, split) for each in (random, sampled)))}
+        for split, means in metrics.items()
+    }
 
 
-def _vectors(params: Params, found: _Set) -> list[dict[str, Any]]:
+def _means(artifacts: Sequence[Mapping[str, np.ndarray]], split: str) -> list[dict[str, float]]:
+    return [stored_means(each, split) for each in artifacts]
+
+
+def _over(
+    found: Mapping[str, float],
+    params: Params,
+    random: Sequence[Mapping[str, float]],
+    sampled: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
+    diversity, nll = found["diversity"], found["nll"]
+    return {
+        **over_random(found, random[0] if params.compare and random else None),
+        "diversity_over_random_at_nll": diversity - at_nll(random, "diversity", nll),
+        "diversity_over_sampling_at_nll": diversity - at_nll(sampled, "diversity", nll),
+    }
+
+
+def _vectors(params: Params, found: "VectorSet") -> list[dict[str, Any]]:
     return [
         {
             "name": f"melbo_{number}",

@@ -10,16 +10,18 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from jobs.directions.vector_files import VECTOR_SUFFIXES
 from jobs.errors import SpecError
-from jobs.spec import Job, ModelRef, Requirement, Spec, params_to_json
+from jobs.spec import Job, ModelRef, Requirement, Spec, content_hash, params_to_json
 
 _REQUIRED_NAMES = (
     "Params",
@@ -143,26 +145,59 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def parse_use(text: str) -> Requirement:
+    """A job with its parameters as JSON behind its name, such as `jobs.melbo{"radius": 0.3}`.
+
+    Raises:
+        SpecError: If it is not that, there is no such job, or it refuses its parameters.
+    """
+    name, brace, rest = text.partition("{")
+    try:
+        values = json.loads(brace + rest) if brace else {}
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"the parameters of {text!r} are not JSON ({error.msg}); write them such as "
+            'jobs.melbo{"radius": 0.3}'
+        ) from error
+    return Requirement(job=name.strip(), params=make_params(name.strip(), values))
+
+
 def make_spec(requirement: Requirement, *, model: ModelRef, seed: int) -> Spec:
     """The full spec of a job and its parameters.
 
-    The parameters are first brought into the job's canonical form, so that
-    configurations that mean the same work (a dose of 0 at any layer) share one spec.
+    The parameters are first brought into the job's canonical form, so that configurations that mean the same
+    work (a dose of 0 at any layer) share one spec. The data of what the job requires count, and the code of
+    required jobs that it does not import.
     """
     job = load_job(requirement.job)
     params = job.canonical(requirement.params)
+    data = {
+        key: data_hash(dataset)
+        for name in job.DATA
+        for key, dataset in _datasets(name, getattr(params, name)).items()
+    }
+    code, codes = code_version(requirement.job), set()
+    for need, weights in prerequisites(Requirement(job=requirement.job, params=params), model):
+        needed = make_spec(need, model=weights, seed=seed)
+        if need.job not in _reachable(requirement.job):
+            codes.add(needed.code)
+        for key, found in needed.data.items():
+            if found not in data.values():
+                data[f"{need.job}:{key}"] = found
     return Spec(
         job=requirement.job,
-        code=code_version(requirement.job),
+        code=content_hash([code, sorted(codes)]) if codes else code,
         params=params_to_json(params),
         model=model,
-        data={
-            key: data_hash(dataset)
-            for name in job.DATA
-            for key, dataset in _datasets(name, getattr(params, name)).items()
-        },
+        data=data,
         seed=seed,
     )
+
+
+def prerequisites(requirement: Requirement, model: ModelRef) -> list[tuple[Requirement, ModelRef]]:
+    """What a job requires, and what the weights that it runs on require, each with its own weights."""
+    needed = [(need, model) for need in load_job(requirement.job).requires(requirement.params)]
+    return needed if model.tuned == "" else [*needed, (parse_use(model.tuned), replace(model, tuned=""))]
 
 
 def _datasets(name: str, value: str | Sequence[str]) -> dict[str, str]:
@@ -241,6 +276,7 @@ def _installed_version(library: str) -> str:
         return "absent"
 
 
+@cache
 def _reachable(root: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     waiting = [root, _LOADER]

@@ -57,6 +57,9 @@ class ModelRef:
         trust_remote_code: Whether the model's own Python code may run.
         weights: Hash of the files of a folder (`jobs.fingerprint`); None where `revision` says which they
             are.
+        tuned: The tuning job whose outcome changes these weights, with its parameters as JSON behind it, such
+            as `jobs.finetune{"epochs": 3}`; empty for the weights as they are. What that job trains are these
+            weights as they are.
     """
 
     id: str
@@ -64,6 +67,7 @@ class ModelRef:
     dtype: str = "float32"
     trust_remote_code: bool = False
     weights: str | None = None
+    tuned: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

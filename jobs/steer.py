@@ -14,6 +14,7 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.steering import (
     Steering,
     canonical_steering,
+    directions_of,
     extraction_of,
     interventions,
     vector_rows,
@@ -101,7 +102,7 @@ def requires(params: Params) -> Sequence[Requirement]:
     """The directions, and the unsteered reading of the same prompts."""
     if params.is_unsteered:
         return ()
-    return (Requirement(job="jobs.extract", params=_extraction(params)), _unsteered(params))
+    return (directions_of(params, _extraction(params)), _unsteered(params))
 
 
 def check(params: Params) -> None:

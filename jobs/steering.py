@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jobs import extract
-from jobs.spec import Context
+from jobs.errors import SpecError
+from jobs.resolve import parse_use
+from jobs.spec import Context, Requirement
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jobs.engine.interventions import AnyIntervention
 
 Some = TypeVar("Some", bound="Steering")
@@ -35,6 +39,11 @@ class Steering:
         component: Principal component, counted from 0; ignored by other methods.
         mixture: Weights of the first principal components, which are added up; empty takes `component` alone.
         vectors: Path of a `.safetensors` or `.gguf` file of directions, in place of extracted ones.
+        learned: Job that learns vectors, with its parameters as JSON behind its name, such as
+            `jobs.melbo{"source": 7}` or `jobs.dct{}`: one of its vectors takes the place of an extracted
+            direction, with the norm that it was learned at, times `multiplier`; it takes no dose. `layer` is
+            that job's source, unless the vector is to be tried elsewhere.
+        vector: Which of them, from 0.
         combine: Datasets or files whose directions are added; see `jobs.extract`.
         combine_weights: Factor of each of `combine`, negative ones subtract; empty means 1 each.
         without: Datasets or files whose directions are projected out.
@@ -53,6 +62,8 @@ class Steering:
     component: int = 0
     mixture: tuple[float, ...] = ()
     vectors: str = ""
+    learned: str = ""
+    vector: int = 0
     combine: tuple[str, ...] = ()
     combine_weights: tuple[float, ...] = ()
     without: tuple[str, ...] = ()
@@ -66,6 +77,7 @@ class Steering:
         if len(set(places)) < len(places):
             raise ValueError(f"layer={self.layer}, layers={self.layers}; give each layer once")
         extraction_of(self)
+        self._check_learned()
         given = [value for value in (self.dose, self.multiplier) if value is not None]
         fitting = (1,) if needs_strength or self.operation != "add" else (0, 1)
         if len(given) not in fitting and self.operation != "project_out":
@@ -74,6 +86,21 @@ class Steering:
             raise ValueError(f"dose={self.dose}, multiplier={self.multiplier}; it takes a finite number")
         if self.weights and len(self.weights) != len(places):
             raise ValueError(f"weights={self.weights}; give one for each of {len(places)} layers, or none")
+
+    def _check_learned(self) -> None:
+        if self.vector < 0:
+            raise ValueError(f"vector={self.vector}; vectors are counted from 0")
+        if not self.learned:
+            return
+        if self.vectors or self.combine or self.without or self.without_words or self.dose is not None:
+            raise ValueError(
+                f"learned={self.learned!r} goes with a multiplier, and with none of dose, vectors, combine, "
+                "without and without_words"
+            )
+        try:
+            parse_use(self.learned)
+        except SpecError as error:
+            raise ValueError(f"learned: {error}") from error
 
     @property
     def strength(self) -> float:
@@ -138,7 +165,7 @@ def canonical_steering(params: Some, *, shared: Sequence[str]) -> Some:
     """
     if params.is_unsteered:
         return without_steering(params, shared=shared)
-    same = extraction_of(params)
+    same = extract.Params() if params.learned else extraction_of(params)
     params = replace(
         params,
         direction=same.method,
@@ -149,6 +176,13 @@ def canonical_steering(params: Some, *, shared: Sequence[str]) -> Some:
     if params.operation == "project_out":
         params = replace(params, dose=None, multiplier=None)
     return params
+
+
+def directions_of(params: Steering, extraction: extract.Params) -> Requirement:
+    """What the directions come from: an extraction, or a job that learns vectors."""
+    if params.learned:
+        return parse_use(params.learned)
+    return Requirement(job="jobs.extract", params=extraction)
 
 
 def interventions(context: Context, params: Steering, extraction: extract.Params) -> "list[AnyIntervention]":
@@ -177,7 +211,10 @@ def _intervention(
 ) -> "AnyIntervention":
     from jobs.engine.interventions import Add, Clamp, ProjectOut, Replace, Tokens
 
-    direction, norm = extract.load_direction(context, extraction, layer)
+    if params.learned:
+        direction, norm = _learned(context, params), 1.0
+    else:
+        direction, norm = extract.load_direction(context, extraction, layer)
     strength = weight * params.strength * (norm if params.multiplier is None else 1.0)
     tokens: Tokens = (-1,) if params.tokens == "last" else params.tokens
     match params.operation:
@@ -189,6 +226,16 @@ def _intervention(
             return Clamp(layer=layer, site=params.site, tokens=tokens, direction=direction, value=strength)
         case "project_out":
             return ProjectOut(layer=layer, site=params.site, tokens=tokens, direction=direction)
+
+
+def _learned(context: Context, params: Steering) -> "np.ndarray":
+    vectors_VD = context.artifact(parse_use(params.learned)).get("vectors")
+    if vectors_VD is None:
+        raise SpecError(f"learned={params.learned!r}: that job gives no vectors; take jobs.melbo or jobs.dct")
+    if params.vector >= len(vectors_VD):
+        raise SpecError(f"vector={params.vector}; the set has the vectors 0 to {len(vectors_VD) - 1}")
+    found_D: np.ndarray = vectors_VD[params.vector]
+    return found_D
 
 
 def vector_rows(changes: "Sequence[AnyIntervention]") -> list[dict[str, Any]]:

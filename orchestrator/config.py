@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from jobs import catalog
 from jobs.errors import SpecError
 from jobs.fingerprint import commit, fingerprint
+from jobs.resolve import parse_use
 from jobs.spec import ModelRef
 from search_spaces.base import Sampler
 
@@ -21,6 +22,8 @@ class RunConfig(BaseModel):
         model: Hugging Face id with an optional `@revision`, a folder, or a name for `models add`.
         dtype: Type of the weights; int8 and int4 are quantised as they are loaded.
         trust_remote_code: Whether the model's own Python code may run.
+        tuned: Job that tunes the model first, with its parameters as JSON behind its name, such as
+            `jobs.finetune{"epochs": 3}`; every trial then runs on the tuned weights.
         seed: Seed of the sampler and of every row.
         sampler: Overrides the space's sampler.
         trials: Overrides the space's number of trials.
@@ -40,6 +43,7 @@ class RunConfig(BaseModel):
     model: str = Field("smollm2-135m", min_length=1)
     dtype: Literal["float32", "float64", "bfloat16", "float16", "int8", "int4"] = "float32"
     trust_remote_code: bool = False
+    tuned: str = ""
     seed: int = Field(0, ge=0, lt=2**53)
     sampler: Sampler | None = None
     trials: int | None = Field(None, ge=1)
@@ -58,6 +62,14 @@ class RunConfig(BaseModel):
         """A folder means the same from wherever the sweep is resumed."""
         is_folder = value not in catalog.ENTRIES and Path(value).expanduser().is_dir()
         return str(Path(value).expanduser().resolve()) if is_folder else value
+
+    @field_validator("tuned")
+    @classmethod
+    def _is_a_job(cls, value: str) -> str:
+        try:
+            return value and parse_use(value).job and value
+        except SpecError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("mlflow")
     @classmethod
@@ -88,6 +100,7 @@ class RunConfig(BaseModel):
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             weights=fingerprint(name),
+            tuned=self.tuned,
         )
 
     def pinned(self) -> "RunConfig":

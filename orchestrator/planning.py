@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jobs.errors import SpecError
-from jobs.resolve import load_job, make_params, make_spec
+from jobs.resolve import load_job, make_params, make_spec, prerequisites
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
 from orchestrator.scheduler import Task
@@ -33,11 +33,19 @@ class Planner:
         return make_spec(requirement, model=self._config.model_ref, seed=self._config.seed)
 
     def needs(self, spec: Spec) -> dict[str, Spec]:
-        """What the spec's job requires, by requirement key."""
+        """What the spec's job, and the weights that it runs on, require, by requirement key."""
+        wanted = Requirement(job=spec.job, params=make_params(spec.job, spec.params))
         return {
-            requirement.key: make_spec(requirement, model=spec.model, seed=self._config.seed)
-            for requirement in load_job(spec.job).requires(make_params(spec.job, spec.params))
+            requirement.key: make_spec(requirement, model=model, seed=self._config.seed)
+            for requirement, model in prerequisites(wanted, spec.model)
         }
+
+    def gate(self, spec: Spec) -> Spec | None:
+        """The cheaper form that a trial's spec has to pass first; None if there is none."""
+        if self._space.gate is None:
+            return None
+        params = make_params(spec.job, {**spec.params, **self._space.gate.overrides})
+        return make_spec(Requirement(job=spec.job, params=params), model=spec.model, seed=self._config.seed)
 
     def shared(self) -> list[str]:
         """Parameters that the space varies and that the rows of one pack must share."""
@@ -54,7 +62,8 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
         now, then = planner.spec(trial.params), trial.spec
         if now.id == then.id:
             continue
-        data = sorted(str(now.params[name]) for name in now.data if now.data[name] != then.data.get(name))
+        changed = [name for name in now.data if now.data[name] != then.data.get(name)]
+        data = sorted(str(now.params.get(name, name)) for name in changed)
         what = f"data of {data}" if data else f"code of {then.job}, or torch or transformers under it,"
         if now.model != then.model:
             what = f"model {now.model.id} (its weights, tokenizer or configuration)"
@@ -64,15 +73,19 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
         )
 
 
-def make_task(spec: Spec, needs: Mapping[str, Spec], *, is_trial: bool) -> Task:
-    """The spec as the scheduler sees it."""
+def make_task(spec: Spec, needs: Iterable[Spec], *, is_trial: bool) -> Task:
+    """The spec as the scheduler sees it, with all that has to end before it."""
     pack_by = load_job(spec.job).PACK_BY
-    shared = None if pack_by is None else json.dumps([spec.job, [spec.params[name] for name in pack_by]])
+    shared = (
+        None
+        if pack_by is None
+        else json.dumps([spec.job, spec.model.tuned, [spec.params[name] for name in pack_by]])
+    )
     return Task(
         spec=spec.id,
         job=spec.job,
         pack_key=shared,
-        needs=frozenset(need.id for need in needs.values()),
+        needs=frozenset(need.id for need in needs),
         is_trial=is_trial,
     )
 

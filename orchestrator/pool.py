@@ -25,12 +25,14 @@ class Order:
         job: Import path of the job.
         rows: The configurations.
         artifacts: Requirement key -> artifact that holds it.
+        tuned: Changes of the model's weights that the job runs on; None for the weights as they are.
     """
 
     attempt: str
     job: str
     rows: tuple[OrderRow, ...]
     artifacts: dict[str, Artifact]
+    tuned: Artifact | None = None
 
 
 class Finished(NamedTuple):

@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from jobs.spec import Status, choosing_split, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
-from search_spaces.base import Space
+from search_spaces.base import Constraint, Space
 from storage.artifacts import Artifact
 from storage.ledger import Asked
 from storage.store import Part, Store, StoredResult
@@ -39,7 +39,7 @@ class Results:
         self._on_result = on_result
         self._waiting: dict[str, list[Asked]] = {}
         self._first_trial: dict[str, int] = {}
-        self._objectives = _stored_objectives(store, space)
+        self._metrics = _stored_metrics(store, _wanted(space))
         self._best: float | None = None
         stored = {
             row["spec"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in store.rows("artifacts")
@@ -71,12 +71,18 @@ class Results:
         self._tell(row["trial"], row["spec"], row["state"])
 
     def learn(self, finished: Iterable[Finished]) -> None:
-        """Note the objectives and artifacts of rows that are about to be accepted."""
+        """Note the metrics and artifacts of rows that are about to be accepted."""
+        wanted = _wanted(self._space)
         for row in finished:
             if row.artifact is not None:
                 self.artifacts[row.spec] = row.artifact
             if row.metrics is not None:
-                self._objectives[row.spec] = _objectives(self._space, row.metrics)
+                self._metrics[row.spec] = {name: row.metrics[name] for name in wanted if name in row.metrics}
+
+    def closed_gate(self, spec: str) -> str | None:
+        """Which constraint of the space's gate a spec breaks; None if it keeps all."""
+        assert self._space.gate is not None
+        return self._broken(spec, self._space.gate.constraints)
 
     def accept(
         self, part: Part, *, seconds: float | None, attempts: Sequence[Mapping[str, Any]] = ()
@@ -111,11 +117,26 @@ class Results:
         self._store.commit([], attempts=attempts)
 
     def _judged(self, result: StoredResult) -> StoredResult:
-        """A trial whose objectives are not all defined is infeasible, not completed."""
-        if result.status != "completed" or self._objectives.get(result.spec) is not None:
+        """A trial that breaks a constraint, or without all its objectives, is infeasible, not completed."""
+        if result.status != "completed":
             return result
-        names = [objective.metric for objective in self._space.objectives]
-        return StoredResult(result.spec, "infeasible", f"not all of the objectives {names} are defined")
+        broken = self._broken(result.spec, self._space.constraints)
+        if broken is None and self._objectives(result.spec) is None:
+            names = [objective.metric for objective in self._space.objectives]
+            broken = f"not all of the objectives {names} are defined"
+        return result if broken is None else StoredResult(result.spec, "infeasible", broken)
+
+    def _broken(self, spec: str, constraints: Sequence[Constraint]) -> str | None:
+        metrics = self._metrics.get(spec, {})
+        return next(filter(None, (each.broken(metrics.get(each.metric)) for each in constraints)), None)
+
+    def _objectives(self, spec: str) -> list[float] | None:
+        """Values of the objectives in order; None if any is not defined."""
+        metrics = self._metrics.get(spec, {})
+        values = [metrics.get(objective.metric) for objective in self._space.objectives]
+        return (
+            [float(value) for value in values if value is not None] if all(map(is_defined, values)) else None
+        )
 
     def _without_known(self, files: tuple[Any, ...], results: Sequence[StoredResult]) -> Part:
         """A prerequisite that was computed again because its artifact was lost adds only the artifact."""
@@ -138,7 +159,7 @@ class Results:
         }
 
     def _tell(self, trial: int, spec: str, status: str) -> None:
-        values = None if status == Status.FAILED else self._objectives.get(spec)
+        values = None if status == Status.FAILED else self._objectives(spec)
         self._sampler.tell(trial, Status(status), values)
         self._tally.count(status)
         if status == Status.COMPLETED and values is not None:
@@ -153,16 +174,16 @@ class Results:
             self._tally.best = f"{objective.metric} {value:.3g} (trial {trial})"
 
 
-def _objectives(space: Space, metrics: Mapping[str, float | None]) -> list[float] | None:
-    """Values of the objectives in order; None if any is not defined."""
-    values = [metrics.get(objective.metric) for objective in space.objectives]
-    return [float(value) for value in values if value is not None] if all(map(is_defined, values)) else None
+def _wanted(space: Space) -> set[str]:
+    """The metrics that decide anything."""
+    gated = () if space.gate is None else space.gate.constraints
+    bounds = (*space.constraints, *gated)
+    return {*(each.metric for each in space.objectives), *(each.metric for each in bounds)}
 
 
-def _stored_objectives(store: Store, space: Space) -> dict[str, list[float] | None]:
+def _stored_metrics(store: Store, wanted: Container[str]) -> dict[str, dict[str, float]]:
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     for row in store.rows("metrics"):
-        metrics.setdefault(row["spec"], {}).setdefault(row["split"], {})[row["name"]] = row["value"]
-    return {
-        spec: _objectives(space, splits.get(choosing_split(splits), {})) for spec, splits in metrics.items()
-    }
+        if row["name"] in wanted:
+            metrics.setdefault(row["spec"], {}).setdefault(row["split"], {})[row["name"]] = row["value"]
+    return {spec: splits.get(choosing_split(splits), {}) for spec, splits in metrics.items()}

@@ -14,7 +14,7 @@ from jobs import catalog
 from jobs.errors import SpecError
 from jobs.resolve import is_own_data, load_job, locate_data, make_params
 from jobs.spec import ModelRef
-from search_spaces.base import Domain, Float, Grid, Space
+from search_spaces.base import Constraint, Domain, Float, Grid, Objective, Space
 from storage.schema import TABLES
 
 _SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
@@ -149,18 +149,22 @@ def check_space(space: Space, model: ModelRef) -> None:
     job = load_job(space.job)
     if taken := sorted(set(space.parameters) & {column.name for column in TABLES["trials"]}):
         raise SpecError(f"parameters {taken} are columns of the table trials; give them other names")
-    for objective in space.objectives:
-        if objective.metric not in job.METRICS:
-            nearest = difflib.get_close_matches(objective.metric, job.METRICS, n=1)
+    gated = [] if space.gate is None else space.gate.constraints
+    used: list[Objective | Constraint] = [*space.objectives, *space.constraints, *gated]
+    for use in used:
+        if use.metric not in job.METRICS:
+            nearest = difflib.get_close_matches(use.metric, job.METRICS, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise SpecError(
-                f"objective {objective.metric!r} is no metric of {space.job}; "
+                f"{type(use).__name__.lower()} {use.metric!r} is no metric of {space.job}; "
                 f"it has {sorted(job.METRICS)}{hint}"
             )
     first = {name: _extremes(domain)[0] for name, domain in space.parameters.items()}
     for name, domain in space.parameters.items():
         for value in _extremes(domain):
             make_params(space.job, {**space.fixed, **first, name: value})
+    if space.gate is not None:
+        make_params(space.job, {**space.fixed, **first, **space.gate.overrides})
     for values in _combinations(space, job.DATA):
         job.check(make_params(space.job, {**space.fixed, **first, **values}))
     _check_layers(space, model)

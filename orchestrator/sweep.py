@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.resolve import parse_use
 from jobs.spec import Spec
 from orchestrator.config import RunConfig
 from orchestrator.planning import Planner, make_task
@@ -16,11 +17,13 @@ from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Pack, Scheduler, Task, pack_limit
 from search_spaces.base import Space
+from storage.artifacts import Artifact
 from storage.durable import StoreError, remove_staging
 from storage.ledger import Asked, Ledger, read_asked
 from storage.store import Part, Store, StoredResult
 
 _POLL_SECONDS = 0.5
+_GATE = "its cheaper form did not pass the gate"
 
 
 class _Planned(NamedTuple):
@@ -28,6 +31,17 @@ class _Planned(NamedTuple):
 
     spec: Spec
     needs: Mapping[str, Spec]
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """The specs that nothing waits for any more: they have an artifact, or are gates that were passed."""
+
+    artifacts: Mapping[str, Artifact]
+    passed: set[str]
+
+    def __contains__(self, spec: object) -> bool:
+        return spec in self.artifacts or spec in self.passed
 
 
 @dataclass(slots=True)
@@ -83,6 +97,8 @@ class Sweep:
         self._results = Results(self._store, space, sampler, self._tally, on_result)
         self._planned: dict[str, _Planned] = {}
         self._running: dict[str, _Running] = {}
+        self._gates: set[str] = set()
+        self._settled = _Settled(self._results.artifacts, set())
         self._loaded: set[str] = set()
         self._idle: list[str] = []
         self._asked = 0
@@ -182,31 +198,50 @@ class Sweep:
             self._results.expect(trial)
             if spec.id in self._planned:
                 continue
-            if (why := self._cannot_run(spec)) is not None:
-                self._results.accept(Part((), (StoredResult(spec.id, "failed", why),)), seconds=None)
+            ended = self._behind_closed_gate(spec) or self._cannot_run(spec)
+            if ended is not None:
+                self._results.accept(Part((), (ended,)), seconds=None)
                 continue
             tasks.append(self._plan(spec, is_trial=True))
-        self._scheduler.add(tasks, settled=self._results.artifacts)
+        self._scheduler.add(tasks, settled=self._settled)
 
     def _plan(self, spec: Spec, *, is_trial: bool) -> Task:
         """The spec as a task; what it needs is handed to the scheduler at once."""
         needs = self._planner.needs(spec)
-        for need in needs.values():
-            if need.id not in self._results.artifacts and need.id not in self._planned:
-                self._scheduler.add([self._plan(need, is_trial=False)], settled=self._results.artifacts)
+        first = list(needs.values())
+        if is_trial and (gate := self._planner.gate(spec)) is not None and gate.id != spec.id:
+            self._gates.add(gate.id)
+            first.append(gate)
+        for need in first:
+            if need.id not in self._settled and need.id not in self._planned:
+                self._scheduler.add([self._plan(need, is_trial=False)], settled=self._settled)
         self._planned[spec.id] = _Planned(spec, needs)
-        return make_task(spec, needs, is_trial=is_trial)
+        return make_task(spec, first, is_trial=is_trial)
 
-    def _cannot_run(self, spec: Spec) -> str | None:
-        """Which prerequisite has ended without an artifact; None if all may still be had."""
+    def _behind_closed_gate(self, spec: Spec) -> StoredResult | None:
+        """How a trial ends whose gate has ended already; None if it may run, or its gate has to run first."""
+        gate = self._planner.gate(spec)
+        result = None if gate is None else self._results.of(gate.id)
+        if gate is None or result is None or gate.id == spec.id:
+            return None
+        if result.status != "completed":
+            return StoredResult(spec.id, "failed", _ended_without_artifact(gate.job, result))
+        why = self._results.closed_gate(gate.id)
+        if why is not None:
+            return StoredResult(spec.id, "infeasible", f"{_GATE}: {why}")
+        self._settled.passed.add(gate.id)
+        return None
+
+    def _cannot_run(self, spec: Spec) -> StoredResult | None:
+        """How a spec ends that lacks a prerequisite for good; None if all of them may still be had."""
         for need in self._planner.needs(spec).values():
             if need.id in self._results.artifacts or need.id in self._planned:
                 continue
             result = self._results.of(need.id)
             if result is not None and not self._results.is_lost(need.id):
-                return _ended_without_artifact(need.job, result)
-            if (why := self._cannot_run(need)) is not None:
-                return why
+                return StoredResult(spec.id, "failed", _ended_without_artifact(need.job, result))
+            if (ended := self._cannot_run(need)) is not None:
+                return ended._replace(spec=spec.id)
         return None
 
     def _dispatch(self) -> None:
@@ -218,6 +253,7 @@ class Sweep:
             self._pool.start(run.worker, self._order(run, rows))
 
     def _order(self, run: _Running, rows: Sequence[_Planned]) -> Order:
+        tuned = rows[0].spec.model.tuned
         return Order(
             attempt=run.attempt,
             job=run.pack.tasks[0].job,
@@ -225,6 +261,7 @@ class Sweep:
             artifacts={
                 key: self._results.artifacts[need.id] for row in rows for key, need in row.needs.items()
             },
+            tuned=self._results.artifacts[rows[0].needs[parse_use(tuned).key].id] if tuned else None,
         )
 
     def _handle(self, event: Event) -> None:
@@ -295,7 +332,13 @@ class Sweep:
 
     def _settle(self, result: StoredResult) -> list[StoredResult]:
         """Let dependents run, or fail them by name; returns the results of those that failed."""
-        if result.spec in self._results.artifacts:
+        if result.spec in self._gates and result.status == "completed":
+            why = self._results.closed_gate(result.spec)
+            if why is not None:
+                dropped = self._scheduler.fail(result.spec)
+                return [StoredResult(spec, "infeasible", f"{_GATE}: {why}") for spec in dropped]
+            self._settled.passed.add(result.spec)
+        if result.spec in self._settled:
             self._scheduler.settle(result.spec)
             return []
         why = _ended_without_artifact(self._planned[result.spec].spec.job, result)

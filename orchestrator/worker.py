@@ -5,6 +5,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +57,8 @@ class Worker:
         loader = load or importlib.import_module("jobs.engine.loading").load_replica
         self._replica = loader(model, device=device, token_budget=token_budget, memory=memory)
         self._cache: dict[str, Mapping[str, np.ndarray]] = {}
+        self._weights = ExitStack()
+        self._tuned: Artifact | None = None
         self.stop_requested = False
 
     def run(self, order: Order) -> Iterator[Delivery]:
@@ -70,6 +73,7 @@ class Worker:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             context = _Context(self, order.artifacts, batch, unanswered)
+            self._change_weights(order.tuned)
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
                 if index not in unanswered:
                     raise SteersweepError(
@@ -90,6 +94,17 @@ class Worker:
             yield batch.flush()
         finally:
             batch.abandon()
+
+    def _change_weights(self, tuned: Artifact | None) -> None:
+        """Let the replica have these weights, and keep them for the next order: most orders have the same."""
+        if tuned == self._tuned:
+            return
+        self._weights.close()
+        self._tuned = None
+        if tuned is not None:
+            changed = importlib.import_module("jobs.engine.tuned").tuned
+            self._weights.enter_context(changed(self._replica, self.artifact(tuned)))
+            self._tuned = tuned
 
     def artifact(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Arrays of an artifact; the latest few stay in memory."""

@@ -98,6 +98,52 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """A bound on a metric, read where objectives are read; a trial beyond it is infeasible.
+
+    Attributes:
+        metric: Name in the job's METRICS.
+        most: Highest value that is allowed; None allows any.
+        least: Lowest value that is allowed; None allows any.
+    """
+
+    metric: str
+    most: float | None = None
+    least: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is None and self.least is None:
+            raise ValueError(f"Constraint({self.metric!r}) bounds nothing; give most, least or both")
+
+    def broken(self, value: float | None) -> str | None:
+        """How a value breaks the bound; None if it does not."""
+        if value is None or math.isnan(value):
+            return f"{self.metric} is not defined"
+        if self.most is not None and value > self.most:
+            return f"{self.metric} {value:.3g} is above {self.most:g}"
+        if self.least is not None and value < self.least:
+            return f"{self.metric} {value:.3g} is below {self.least:g}"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A cheaper form of every trial, run first; the trial itself runs only if it keeps the constraints.
+
+    Attributes:
+        overrides: Job parameter -> the value that makes it cheaper, such as fewer vectors or tokens.
+        constraints: At least one.
+    """
+
+    overrides: Mapping[str, Any]
+    constraints: Sequence[Constraint]
+
+    def __post_init__(self) -> None:
+        if not self.overrides or not self.constraints:
+            raise ValueError("a Gate needs overrides that make a trial cheaper, and constraints to keep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """What to try.
 
@@ -107,6 +153,8 @@ class Space:
         parameters: Job parameter -> the values it may take.
         fixed: Job parameter -> its one value; the rest keep the job's defaults.
         objectives: At least one; the first is shown as "best so far".
+        constraints: What a trial must keep to be feasible; infeasible ones are never on the front.
+        gate: A cheaper form that every trial has to pass first; None runs each at once.
         sampler: Who proposes configurations.
         trials: How many; None tries every cell of a grid.
     """
@@ -116,6 +164,8 @@ class Space:
     parameters: Mapping[str, Domain]
     objectives: Sequence[Objective]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    constraints: Sequence[Constraint] = ()
+    gate: Gate | None = None
     sampler: Sampler = "tpe"
     trials: int | None = None
 

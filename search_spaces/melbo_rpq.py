@@ -3,13 +3,14 @@
 Meant to be copied: put in other prompts, a larger model's layers, more vectors.
 """
 
-from search_spaces.base import Float, Grid, Objective, Space
+from search_spaces.base import Constraint, Float, Gate, Grid, Objective, Space
 
 SPACE = Space(
     description=(
         "Learns 16 orthogonal vectors from one prompt, without pairs, so that they change a later layer "
         "most, and completes other prompts under each. diversity: how far the fluent completions lie apart. "
-        "nll: how unlikely the unsteered model finds them."
+        "nll: how unlikely the unsteered model finds them. A trial of four vectors and ten tokens comes "
+        "first: where it makes only loops, the rest is left out."
     ),
     job="jobs.melbo",
     parameters={
@@ -25,6 +26,11 @@ SPACE = Space(
         Objective(metric="diversity", direction="maximize"),
         Objective(metric="nll", direction="minimize"),
     ],
+    constraints=[Constraint(metric="repetition", most=0.3)],
+    gate=Gate(
+        overrides={"vectors": 4, "max_new_tokens": 10, "read_on": 1, "compare": False},
+        constraints=[Constraint(metric="repetition", most=0.5)],
+    ),
     sampler="tpe",
     trials=40,
 )

@@ -62,7 +62,7 @@ def test_positions_count_from_each_prompts_first_token() -> None:
     assert found.positions_NT[1].tolist() == [-1, -1, -1, -1, 0, 1, 2]
 
 
-@pytest.mark.parametrize(("source", "target"), [(2, 2), (2, 1), (-1, 2), (0, LAYERS)])
+@pytest.mark.parametrize(("source", "target"), [(2, 2), (2, 1), (-2, 2), (0, LAYERS)])
 def test_layers_that_cannot_be_meant_are_refused(source: int, target: int) -> None:
     with pytest.raises(SpecError, match=f"source={source}, target={target}.*0 to {LAYERS - 1}"):
         Slice(tiny_replica("llama"), PROMPTS, source=source, target=target)

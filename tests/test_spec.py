@@ -23,11 +23,20 @@ from jobs.spec import ModelRef, Requirement, Spec, canonical_json, content_hash,
 
 ROOT = Path(__file__).parents[1]
 JOBS = (
-    *("jobs.capability", "jobs.capture", "jobs.classify", "jobs.extract", "jobs.generate", "jobs.honesty"),
-    *("jobs.judge", "jobs.melbo", "jobs.steer"),
+    *("jobs.adapters", "jobs.anomaly", "jobs.calibrate", "jobs.capability", "jobs.capture", "jobs.classify"),
+    *("jobs.dct", "jobs.extract", "jobs.finetune", "jobs.generate", "jobs.honesty", "jobs.judge"),
+    *("jobs.melbo", "jobs.prompt_search", "jobs.radius_scan", "jobs.sample", "jobs.stability", "jobs.steer"),
 )
-DIRECTED = {*JOBS} - {"jobs.classify", "jobs.melbo"}
+DIRECTED = {
+    *("jobs.capability", "jobs.capture", "jobs.extract", "jobs.generate", "jobs.honesty", "jobs.judge"),
+    "jobs.steer",
+}
 """All that take a direction, or make one."""
+LEARNED = {
+    *("jobs.anomaly", "jobs.calibrate", "jobs.dct", "jobs.melbo", "jobs.prompt_search", "jobs.radius_scan"),
+    "jobs.stability",
+}
+"""All that take learned vectors, or make some."""
 STEERED = ("jobs.capability", "jobs.generate", "jobs.honesty", "jobs.steer")
 REQUIRED: dict[str, dict[str, Any]] = {
     **{job: {"layer": 1, "dose": 0.5} for job in STEERED},
@@ -352,13 +361,13 @@ class TestRequirements:
 
     @pytest.mark.parametrize("job", JOBS)
     def test_requirements_end(self, job: str) -> None:
-        waiting, seen = [Requirement(job=job, params=defaults(job))], set()
-        while waiting:
-            requirement = waiting.pop()
-            assert requirement.key not in seen
-            assert len(seen) < 10
-            seen.add(requirement.key)
-            waiting += load_job(requirement.job).requires(requirement.params)
+        def follow(requirement: Requirement, above: tuple[str, ...]) -> None:
+            assert requirement.key not in above
+            assert len(above) < 10
+            for need in load_job(requirement.job).requires(requirement.params):
+                follow(need, (*above, requirement.key))
+
+        follow(Requirement(job=job, params=defaults(job)), ())
 
     def test_what_is_required_is_the_same_work_as_the_trial_of_dose_zero(self) -> None:
         [_, unsteered] = steer.requires(steer.Params(layer=3, dose=0.5, max_new_tokens=5))
@@ -404,7 +413,8 @@ class TestCodeVersion:
                 "reading/completions.py",
                 {
                     *("jobs.capability", "jobs.capture", "jobs.generate"),
-                    *("jobs.honesty", "jobs.judge", "jobs.melbo", "jobs.steer"),
+                    *("jobs.honesty", "jobs.judge", "jobs.steer", "jobs.adapters", "jobs.sample"),
+                    *(LEARNED - {"jobs.calibrate"}),
                 },
             ),
             ("scoring/scorers.py", {"jobs.generate", "jobs.judge"}),
@@ -413,7 +423,7 @@ class TestCodeVersion:
             ("engine/memory.py", set(JOBS)),
             ("engine/loading.py", set(JOBS)),
             ("directions/contrast.py", DIRECTED),
-            ("unsupervised/sphere.py", {"jobs.melbo"}),
+            ("unsupervised/sphere.py", LEARNED),
             ("scoring/statistics.py", {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge"}),
         ],
     )

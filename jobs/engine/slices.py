@@ -33,7 +33,7 @@ class Slice:
     Args:
         replica: The model.
         prompts: Token ids; they may differ in length.
-        source: Block whose output is added to, counted from 0.
+        source: Block whose output is added to, counted from 0; -1 for the embeddings.
         target: Block whose output is read; above `source`.
         site: `after`: the residual stream that leaves the target block. `attention`: what the attention of
             the target block adds.
@@ -42,6 +42,7 @@ class Slice:
         inputs_NTD: The residual stream that leaves the source block, unsteered, padded on the left.
         targets_NTD: The target, unsteered.
         positions_NT: Position of each token in its prompt, from 0; -1 marks padding.
+        wide: Has the device of these and their dtype, or float32 if theirs is narrower: what vectors are in.
 
     Raises:
         SpecError: If the layers cannot be meant, or a prompt is longer than the context.
@@ -57,7 +58,7 @@ class Slice:
         target: int,
         site: TargetSite = "after",
     ) -> None:
-        if not 0 <= source < target < replica.layers:
+        if not -1 <= source < target < replica.layers:
             raise SpecError(
                 f"source={source}, target={target}; the target lies above the source, and the model has the "
                 f"layers 0 to {replica.layers - 1}"
@@ -91,6 +92,8 @@ class Slice:
                 handle.remove()
         self._calls = calls
         self.inputs_NTD, self.targets_NTD = found[entered], found[left]
+        wide = torch.promote_types(self.inputs_NTD.dtype, torch.float32)
+        self.wide = self.inputs_NTD.new_empty(0, dtype=wide)
         self.positions_NT = replica.positions_ST
 
     def _check(self) -> None:

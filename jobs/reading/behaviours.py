@@ -4,12 +4,13 @@ V vectors, P prompts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from jobs.data.prompts import OpenPrompt
 from jobs.scoring import diversity
 from jobs.scoring.similarity import embed
 from jobs.spec import Metric
@@ -21,12 +22,52 @@ METRICS = {
     "distinct_completions": Metric("texts", "different fluent completions of a prompt"),
     "distinct_2": Metric("share", "different among all bigrams of the fluent completions"),
     "distinct_3": Metric("share", "different among all trigrams of the fluent completions"),
+    "self_bleu": Metric("share", "mean BLEU of a fluent completion against the others of its prompt"),
     "compression": Metric("ratio", "bytes of the fluent completions over those that zlib needs for them"),
     "fluent": Metric("share", "completions within both bars of fluency"),
     "nll": Metric("nats/token", "mean negative log-likelihood of the completions under the unsteered model"),
     "repetition": Metric("share", "mean share of repeated trigrams in the completions"),
     "ended": Metric("share", "completions that end by themselves"),
 }
+
+OVER_RANDOM = {
+    "diversity_over_random": Metric("1 - cosine", "diversity less that of random vectors of the same norm"),
+    "vendi_over_random": Metric("texts", "vendi less that of random vectors of the same norm"),
+    "distinct_over_random": Metric("texts", "distinct_completions less those of random vectors"),
+}
+
+
+def over_random(found: Mapping[str, float], random: Mapping[str, float] | None) -> dict[str, float]:
+    """What a set has over random vectors of its norm; NaN where there are none."""
+    pairs = zip(OVER_RANDOM, ("diversity", "vendi", "distinct_completions"), strict=True)
+    return {name: found[of] - random[of] if random is not None else math.nan for name, of in pairs}
+
+
+class Behaviours(NamedTuple):
+    """What the completions of a set are worth.
+
+    Attributes:
+        metrics: Those of `METRICS` on each split.
+        tensors: For those who compare themselves with the set; see `stored_means` and `stored_sayings`.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    tensors: dict[str, np.ndarray]
+
+
+def stored_means(artifact: Mapping[str, np.ndarray], split: str) -> dict[str, float]:
+    """The metrics of a set on a split, from its tensor `means_SPLIT`, float64."""
+    return dict(zip(METRICS, map(float, artifact[f"means_{split}"]), strict=True))
+
+
+def stored_sayings(artifact: Mapping[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The completions of a set on a split.
+
+    Returns:
+        `embeddings_SPLIT`, float32, shape (prompts, vectors, width of the encoder), NaN for an empty one; and
+        `fluent_SPLIT`, as bool, shape (prompts, vectors).
+    """
+    return artifact[f"embeddings_{split}"], artifact[f"fluent_{split}"].astype(bool)
 
 
 class Said(NamedTuple):
@@ -47,41 +88,91 @@ class Said(NamedTuple):
     ended: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fluency:
-    """Which completions count as fluent.
+@dataclass(frozen=True, kw_only=True)  # no slots: two bases that have them cannot be combined
+class Reading:
+    """How the completions of a set are made and judged.
 
     Attributes:
-        most_nll: Highest mean negative log-likelihood under the unsteered model, nats a token.
-        most_repetition: Highest share of repeated trigrams.
+        max_new_tokens: Most tokens of a completion.
+        most_nll: A completion is fluent up to so many nats a token under the unsteered model.
+        most_repetition: A completion is fluent up to this share of repeated trigrams.
+        encoder: Of the sentence embeddings that diversity is measured with.
     """
 
-    most_nll: float
-    most_repetition: float
+    max_new_tokens: int = 30
+    most_nll: float = 3.0
+    most_repetition: float = 0.3
+    encoder: str = "all-minilm-l6-v2"
 
-    def holds(self, said: Said) -> bool:
+    def check_reading(self) -> None:
+        """Raises ValueError if the completions cannot be read so."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}; it takes 1 or more")
+        if not 0 < self.most_nll < math.inf:
+            raise ValueError(f"most_nll={self.most_nll}; it takes more than 0")
+        if not 0 <= self.most_repetition <= 1:
+            raise ValueError(f"most_repetition={self.most_repetition}; it takes a share from 0 to 1")
+
+    def is_fluent(self, said: Said) -> bool:
         """Whether a completion has a token and is within both bars."""
         return said.nll <= self.most_nll and said.repetition <= self.most_repetition
 
+    def behaviours(self, prompts: Sequence[OpenPrompt], said_PV: Sequence[Sequence[Said]]) -> Behaviours:
+        """Every metric on each split, as the mean over its prompts where it is defined; NaN where on none.
 
-def behaviours(said_PV: Sequence[Sequence[Said]], fluency: Fluency, encoder: str) -> dict[str, float]:
-    """Every metric, as the mean over the prompts where it is defined; NaN where it is for none.
+        Args:
+            prompts: What was asked.
+            said_PV: For each prompt the completions under all vectors.
+        """
+        texts = sorted({said.text for said_V in said_PV for said in said_V if said.text.strip()})
+        embeddings = dict(zip(texts, embed(texts, self.encoder), strict=True)) if texts else {}
+        found = Behaviours({}, {})
+        for split in dict.fromkeys(prompt.split for prompt in prompts):
+            chosen = [
+                said_V for prompt, said_V in zip(prompts, said_PV, strict=True) if prompt.split == split
+            ]
+            fluent_PV = np.array([[self.is_fluent(said) for said in said_V] for said_V in chosen])
+            means = [_of_prompt(*each, embeddings) for each in zip(chosen, fluent_PV, strict=True)]
+            found.metrics[split] = {name: _mean([each[name] for each in means]) for name in METRICS}
+            found.tensors[f"means_{split}"] = np.array([*found.metrics[split].values()])
+            found.tensors[f"embeddings_{split}"] = _embedded(chosen, embeddings)
+            found.tensors[f"fluent_{split}"] = fluent_PV.astype(np.float32)
+        return found
+
+
+def _embedded(said_PV: Sequence[Sequence[Said]], embeddings: Mapping[str, np.ndarray]) -> np.ndarray:
+    width = len(next(iter(embeddings.values()), (0.0,)))
+    nothing = np.full(width, np.nan)
+    return np.array(
+        [[embeddings.get(said.text, nothing) for said in said_V] for said_V in said_PV], dtype=np.float32
+    )
+
+
+def at_nll(grid: Sequence[Mapping[str, float]], name: str, nll: float) -> float:
+    """A metric of a series of sets where its nll is the given one, between the nearest two of the series.
 
     Args:
-        said_PV: For each prompt the completions under all vectors.
-        fluency: Which of them diversity is measured over.
-        encoder: Of the sentence embeddings; see `similarity.embed`.
+        grid: Metrics of sets that differ in one thing, such as their norm; those without nll or the metric
+            are left out.
+        name: Which metric.
+        nll: Nats a token.
+
+    Returns:
+        NaN beyond the series' lowest and highest nll, and of fewer than two sets.
     """
-    texts = sorted({said.text for said_V in said_PV for said in said_V if said.text.strip()})
-    embeddings = dict(zip(texts, embed(texts, encoder), strict=True)) if texts else {}
-    found = [_of_prompt(said_V, fluency, embeddings) for said_V in said_PV]
-    return {name: _mean([each[name] for each in found]) for name in METRICS}
+    known = sorted(
+        (each["nll"], each[name]) for each in grid if math.isfinite(each["nll"]) and math.isfinite(each[name])
+    )
+    if len(known) < 2 or not known[0][0] <= nll <= known[-1][0]:
+        return math.nan
+    levels, values = zip(*known, strict=True)
+    return float(np.interp(nll, levels, values))
 
 
 def _of_prompt(
-    said_V: Sequence[Said], fluency: Fluency, embeddings: dict[str, np.ndarray]
+    said_V: Sequence[Said], fluent_V: np.ndarray, embeddings: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    fluent = [said for said in said_V if fluency.holds(said)]
+    fluent = [said for said, holds in zip(said_V, fluent_V, strict=True) if holds]
     texts = [said.text for said in fluent if said.text in embeddings]
     embedded = np.array([embeddings[text] for text in texts])
     everything = np.array([embeddings[said.text] for said in said_V if said.text in embeddings])
@@ -92,6 +183,7 @@ def _of_prompt(
         "distinct_completions": float(diversity.distinct([said.text for said in fluent])),
         "distinct_2": diversity.distinct_ngrams([said.tokens for said in fluent], 2),
         "distinct_3": diversity.distinct_ngrams([said.tokens for said in fluent], 3),
+        "self_bleu": diversity.self_bleu([said.text for said in fluent]),
         "compression": diversity.compression_ratio([said.text for said in fluent]),
         "fluent": len(fluent) / len(said_V),
         "nll": _mean([said.nll for said in said_V]),

@@ -61,6 +61,24 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(found)) / len(found) if found else float("nan")
 
 
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU of each text against all others, from 0, nothing in common, to 1; NaN for fewer than two.
+
+    Source: Zhu et al., "Texygen", arXiv:1802.01886; BLEU as sacrebleu computes it, the orders of n-grams that
+    a text is too short for left out.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if len(texts) < 2:
+        return float("nan")
+    bleu = BLEU(effective_order=True)
+    scores = [
+        bleu.sentence_score(text, [*texts[:place], *texts[place + 1 :]]).score
+        for place, text in enumerate(texts)
+    ]
+    return sum(scores) / len(scores) / 100
+
+
 def compression_ratio(texts: Sequence[str]) -> float:
     """Bytes of all texts, one a line, over those that zlib needs for them; NaN for no text.
 

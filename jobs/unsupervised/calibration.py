@@ -3,13 +3,14 @@
 V vectors, N prompts, T tokens, D hidden.
 """
 
+import math
+
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
 from jobs.engine.memory import in_batches
 from jobs.engine.slices import Slice
-from jobs.errors import SpecError
 
 _PROBES = 30
 _SMALL = 1e-2
@@ -38,8 +39,8 @@ def calibrated_radius(slice_: Slice, counted_NT: Tensor, *, ratio: float = 0.5, 
         ratio: The share, above 0.
         seed: Of the random vectors.
 
-    Raises:
-        SpecError: If no radius from 0.001 to 100 residual norms does so.
+    Returns:
+        In stream units; NaN if no radius from 0.001 to 100 residual norms does so.
     """
     unit = residual_norm(slice_, counted_NT)
     generator = torch.Generator().manual_seed(seed)
@@ -56,10 +57,7 @@ def calibrated_radius(slice_: Slice, counted_NT: Tensor, *, ratio: float = 0.5, 
 
     low, high = _RANGE
     if not excess(low) < 0 < excess(high):
-        raise SpecError(
-            f"ratio={ratio}: no radius from {low} to {high} residual norms departs that far from a linear "
-            "effect; give the radius in residual norms or stream units instead"
-        )
+        return math.nan
     return unit * float(brentq(excess, low, high, rtol=1e-3))
 
 

@@ -3,18 +3,17 @@
 V vectors, B rows (a vector on a prompt), T tokens, D hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from jobs.engine.memory import share, within_memory
 from jobs.engine.slices import Slice
+from jobs.unsupervised.coupling import Coupling
 from jobs.unsupervised.objective import NormOver, movement
+from jobs.unsupervised.passes import Passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +38,18 @@ class Climb(NamedTuple):
 
     Attributes:
         values_V: The objective of each.
-        gradients_VD: Its gradient.
+        gradients_VD: The gradient of the sum of the objectives.
     """
 
     values_V: Tensor
     gradients_VD: Tensor
+
+
+class _Row(NamedTuple):
+    """A vector, by its place among those that are looked at, on a prompt."""
+
+    place: int
+    prompt: int
 
 
 class Landscape:
@@ -54,21 +60,31 @@ class Landscape:
         counted_NT: Which tokens of each prompt count, bool; padding does not.
         goals: One a vector.
         over: What the norm is taken over.
+        couplings: Sets of vectors whose objectives depend on each other; a vector is in one at most, and
+            those of a set have the same prompts. What their targets do is then held at once.
 
     Attributes:
         goals: As given.
     """
 
     def __init__(
-        self, slice_: Slice, counted_NT: Tensor, goals: Sequence[Goal], *, over: NormOver = "hidden"
+        self,
+        slice_: Slice,
+        counted_NT: Tensor,
+        goals: Sequence[Goal],
+        *,
+        over: NormOver = "hidden",
+        couplings: Sequence[Coupling] = (),
     ) -> None:
         self.goals = goals
         self._slice = slice_
         self._counted_NT = counted_NT
         self._over = over
+        self._couplings = couplings
+        self._passes = Passes(slice_)
 
     def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
-        """The objective of each vector and its gradient.
+        """The objectives of some vectors and their gradient.
 
         Args:
             theta_VD: The vectors, float32 or wider.
@@ -78,53 +94,91 @@ class Landscape:
             OutOfMemory: If a single row does not fit.
         """
         rows = [
-            (place, prompt) for place, vector in enumerate(vectors) for prompt in self.goals[vector].prompts
+            _Row(place, prompt)
+            for place, vector in enumerate(vectors)
+            for prompt in self.goals[vector].prompts
         ]
-        replica = self._slice.replica
+        if self._couplings:
+            return self._climb_together(theta_VD, vectors, rows)
         found = Climb(theta_VD.new_zeros(len(theta_VD)), torch.zeros_like(theta_VD))
 
-        def run(left: list[int]) -> Iterator[tuple[int, None]]:
-            most = max(1, share(replica, "batch") // self._row_bytes)
-            for start in range(0, len(left), most):
-                chosen = left[start : start + most]
-                places = [rows[index][0] for index in chosen]
-                values_B, gradients_BD = self._look(
-                    theta_VD[places], [rows[index][1] for index in chosen], [vectors[at] for at in places]
-                )
-                at_B = torch.tensor(places, device=theta_VD.device)
-                found.values_V.index_add_(0, at_B, values_B)
-                found.gradients_VD.index_add_(0, at_B, gradients_BD)
-                yield from ((index, None) for index in chosen)
+        def look(chosen: list[int]) -> None:
+            batch = [rows[index] for index in chosen]
+            with torch.enable_grad():
+                theta_BD = theta_VD[[row.place for row in batch]].requires_grad_()
+                values_B = self._values(self._deltas(theta_BD, batch), batch, vectors)
+                (gradients_BD,) = torch.autograd.grad(values_B.sum(), theta_BD)
+            found.values_V.index_add_(0, _places(batch, theta_VD), values_B.detach())
+            found.gradients_VD.index_add_(0, _places(batch, theta_VD), gradients_BD)
 
-        for _ in within_memory(replica, range(len(rows)), run):
-            pass
+        self._passes.over(len(rows), look)
         return found
 
-    def _look(self, theta_BD: Tensor, prompts: list[int], vectors: list[int]) -> tuple[Tensor, Tensor]:
+    def _climb_together(self, theta_VD: Tensor, vectors: Sequence[int], rows: Sequence[_Row]) -> Climb:
+        """In two passes: what all targets do, then its gradient, a batch at a time."""
+        _, tokens, hidden = self._slice.targets_NTD.shape
+        deltas_RTD = theta_VD.new_empty((len(rows), tokens, hidden))
+
+        @torch.no_grad()
+        def look(chosen: list[int]) -> None:
+            batch = [rows[index] for index in chosen]
+            deltas_RTD[chosen] = self._deltas(theta_VD[[row.place for row in batch]], batch)
+
+        self._passes.over(len(rows), look)
         with torch.enable_grad():
-            theta_BD = theta_BD.detach().requires_grad_()
-            deltas_BTD = self._slice.deltas(theta_BD, prompts).to(theta_BD.dtype)
-            powers_B, roots_B = (
-                deltas_BTD.new_tensor([getattr(self.goals[vector], name) for vector in vectors])
-                for name in ("power", "root")
+            deltas_RTD, theta_VD = deltas_RTD.requires_grad_(), theta_VD.detach().requires_grad_()
+            values_R = self._values(deltas_RTD, rows, vectors)
+            values_V = theta_VD.new_zeros(len(theta_VD)).index_add(0, _places(rows, theta_VD), values_R)
+            finite_V = values_V.isfinite()
+            # One that is not finite would spoil the gradient of the others through the set's factor.
+            values_V = torch.where(finite_V, values_V, 0.0) * self._factors(
+                theta_VD, deltas_RTD, vectors, rows
             )
-            values_B = movement(deltas_BTD, self._counted_NT[prompts], powers_B, roots_B, over=self._over)
-            (gradients_BD,) = torch.autograd.grad(values_B.sum(), theta_BD)
-        return values_B.detach(), gradients_BD
+            pulls_RTD, gradients_VD = torch.autograd.grad(
+                values_V.sum(),
+                (deltas_RTD, theta_VD),
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
-    @cached_property
-    def _row_bytes(self) -> int:
-        """What a row keeps for its gradient, measured."""
-        weights = {each.untyped_storage().data_ptr() for each in self._slice.replica.model.parameters()}
-        sizes: dict[int, int] = {}
+        def pull(chosen: list[int]) -> None:
+            batch = [rows[index] for index in chosen]
+            with torch.enable_grad():
+                theta_BD = theta_VD.detach()[[row.place for row in batch]].requires_grad_()
+                (pulled_BD,) = torch.autograd.grad(self._deltas(theta_BD, batch), theta_BD, pulls_RTD[chosen])
+            gradients_VD.index_add_(0, _places(batch, theta_VD), pulled_BD)
 
-        def measure(saved: Tensor) -> Tensor:
-            storage = saved.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return saved
+        self._passes.over(len(rows), pull)
+        return Climb(torch.where(finite_V, values_V.detach(), torch.nan), gradients_VD)
 
-        theta_1D = torch.zeros_like(self._slice.inputs_NTD[:1, 0]).requires_grad_()
-        with torch.enable_grad(), saved_tensors_hooks(measure, lambda saved: saved):
-            deltas = self._slice.deltas(theta_1D, [0])
-        del deltas
-        return max(1, sum(size for at, size in sizes.items() if at not in weights))
+    def _deltas(self, theta_BD: Tensor, batch: Sequence[_Row]) -> Tensor:
+        return self._slice.deltas(theta_BD, [row.prompt for row in batch]).to(theta_BD.dtype)
+
+    def _values(self, deltas_BTD: Tensor, batch: Sequence[_Row], vectors: Sequence[int]) -> Tensor:
+        goals = [self.goals[vectors[row.place]] for row in batch]
+        powers_B, roots_B = (
+            deltas_BTD.new_tensor([getattr(goal, name) for goal in goals]) for name in ("power", "root")
+        )
+        counted_BT = self._counted_NT[[row.prompt for row in batch]]
+        return movement(deltas_BTD, counted_BT, powers_B, roots_B, over=self._over)
+
+    def _factors(
+        self, theta_VD: Tensor, deltas_RTD: Tensor, vectors: Sequence[int], rows: Sequence[_Row]
+    ) -> Tensor:
+        factors_V = theta_VD.new_ones(len(theta_VD))
+        for coupling in self._couplings:
+            places = [place for place, vector in enumerate(vectors) if vector in coupling.vectors]
+            if not places:
+                continue
+            prompts = list(self.goals[vectors[places[0]]].prompts)
+            chosen = [index for index, row in enumerate(rows) if row.place in places]
+            deltas_VNTD = deltas_RTD[chosen].unflatten(0, (len(places), len(prompts)))
+            found = coupling.factor(theta_VD[places], deltas_VNTD, self._counted_NT[prompts])
+            of_set_V = torch.zeros_like(factors_V, dtype=torch.bool)
+            of_set_V[places] = True
+            factors_V = torch.where(of_set_V, found, factors_V)
+        return factors_V
+
+
+def _places(rows: Sequence[_Row], like: Tensor) -> Tensor:
+    return torch.tensor([row.place for row in rows], device=like.device)

@@ -10,8 +10,8 @@ class Learned(NamedTuple):
 
     Attributes:
         theta_VD: The vectors.
-        values_V: Their objectives.
-        history_SV: The objective that each step found, before it moved; NaN once a vector took no more steps.
+        values_V: What they maximised: their objectives, times the factor of their coupling if there is one.
+        history_SV: What each step found of it, before it moved; NaN once a vector took no more steps.
         settled_V: Whether the optimiser stopped by its own test; the steps ran out otherwise.
         finite_V: Whether the objective and its gradient always were finite; if not, the vector is the last
             one where they were, and NaN if there was none.

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from jobs.engine.slices import Slice
+from jobs.errors import SpecError
 from jobs.unsupervised.amsgrad import amsgrad
+from jobs.unsupervised.coupling import Coupling
 from jobs.unsupervised.fixed_point import fixed_point
 from jobs.unsupervised.landscape import Goal, Landscape
 from jobs.unsupervised.learned import Learned
 from jobs.unsupervised.objective import NormOver
 from jobs.unsupervised.sphere import Surface, orthonormal
 
-Orthogonality = Literal["joint", "sequential", "none"]
-Optimiser = Literal["fixed_point", "amsgrad", "random"]
+Orthogonality = Literal["joint", "sequential", "soft_vectors", "soft_deltas", "none"]
+Optimiser = Literal["fixed_point", "amsgrad", "none"]
 ORTHOGONALITIES: tuple[Orthogonality, ...] = get_args(Orthogonality)
 OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
 
@@ -32,15 +34,23 @@ class Search:
         vectors: How many, at least 1.
         goal: What each is to maximise.
         orthogonality: `joint`: all at right angles, learned together. `sequential`: each at right angles to
-            those before it, learned one after another, as the original does. `none`.
+            those before it, learned one after another, as the original does. `soft_vectors`, `soft_deltas`:
+            learned together, with a penalty where two vectors, or their changes of the target, are not.
+            `none`.
+        apart: Weight of that penalty, at least 0; see `Coupling`.
+        contrast: Weight of the contrastive term; see `Coupling`.
         within_KD: Rows, orthonormal, that span what the vectors lie in; None takes the whole space.
-        seed: Of the vectors that they start from.
+        start_VD: Directions that the vectors start from; None draws them.
+        seed: Of the vectors that are drawn.
     """
 
     vectors: int
     goal: Goal
     orthogonality: Orthogonality = "joint"
+    apart: float = 1.0
+    contrast: float = 0.0
     within_KD: Tensor | None = None
+    start_VD: Tensor | None = None
     seed: int = 0
 
     @property
@@ -49,9 +59,33 @@ class Search:
         return Surface(radius=self.goal.radius, within_KD=self.within_KD)
 
     @property
+    def start_surface(self) -> Surface:
+        """Where the vectors start."""
+        return replace(self.surface, orthogonal=self.orthogonality in ("joint", "sequential"))
+
+    @property
     def rounds(self) -> int:
         """How many times vectors of it are learned, one after another."""
         return self.vectors if self.orthogonality == "sequential" else 1
+
+    @property
+    def coupling(self) -> Coupling | None:
+        """How the objectives depend on each other; None if they do not."""
+        soft = {
+            f"apart_{of}": self.apart for of in ("vectors", "deltas") if self.orthogonality == f"soft_{of}"
+        }
+        if not soft and not self.contrast:
+            return None
+        return Coupling(vectors=tuple(range(self.vectors)), contrast=self.contrast, **soft)
+
+    def check(self, hidden: int) -> None:
+        """Raises SpecError if there are no such vectors in `hidden` dimensions."""
+        self.start_surface.check(self.vectors, hidden)
+        if self.contrast and self.orthogonality == "sequential":
+            raise SpecError(
+                f"contrast={self.contrast} with orthogonality='sequential'; it compares vectors that are "
+                "learned together"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +93,7 @@ class Method:
     """How vectors are learned.
 
     Attributes:
-        optimiser: `fixed_point`, `amsgrad`, or `random`: the vectors that the others start from.
+        optimiser: `fixed_point`, `amsgrad`, or `none`: the vectors that the others start from.
         steps: Most steps of each vector.
         tolerance: Relative rise of the objective at which the fixed point has settled.
         learning_rate: Of AMSGrad, in residual-stream units an element and step.
@@ -91,13 +125,13 @@ def learn(
         over: What the norm of the objective is taken over.
 
     Raises:
-        SpecError: If a radius is not above 0, or so many orthogonal vectors do not exist.
+        SpecError: If a radius is not above 0, so many orthogonal vectors do not exist, or a trial cannot be
+            meant.
         OutOfMemory: If a single vector on a single prompt does not fit.
     """
     hidden = slice_.inputs_NTD.shape[-1]
     for search in searches:
-        surface = replace(search.surface, orthogonal=search.orthogonality != "none")
-        surface.check(search.vectors, hidden)
+        search.check(hidden)
     starts = [_start(slice_, search) for search in searches]
     rounds = max(search.rounds for search in searches)
     found: list[list[Learned]] = [[] for _ in searches]
@@ -120,34 +154,39 @@ class _Part(NamedTuple):
         goal: What each is to maximise.
         start_VD: Where they start.
         groups: Those that are learned together, by their place in `start_VD`, and where they may lie.
+        coupling: How their objectives depend on each other.
     """
 
     place: int
     goal: Goal
     start_VD: Tensor
     groups: list[tuple[list[int], Surface]]
+    coupling: Coupling | None
 
 
 def _start(slice_: Slice, search: Search) -> Tensor:
-    surface = replace(search.surface, orthogonal=search.orthogonality != "none")
     hidden = slice_.inputs_NTD.shape[-1]
-    wide = torch.promote_types(slice_.inputs_NTD.dtype, torch.float32)
-    return surface.drawn(search.vectors, hidden, search.seed).to(slice_.inputs_NTD.device, wide)
+    surface = search.start_surface
+    if search.start_VD is None:
+        return surface.drawn(search.vectors, hidden, search.seed).to(slice_.wide)
+    return surface.onto(search.start_VD.to(slice_.wide))
 
 
 def _part(place: int, search: Search, start_VD: Tensor, before: Sequence[Learned], number: int) -> _Part:
-    surface = search.surface
+    surface, everyone = search.surface, list(range(search.vectors))
     match search.orthogonality:
         case "joint":
-            groups = [(list(range(search.vectors)), replace(surface, orthogonal=True))]
-        case "none":
-            groups = [([vector], surface) for vector in range(search.vectors)]
+            groups = [(everyone, replace(surface, orthogonal=True))]
         case "sequential":
             known = [each.theta_VD for each in before if bool(each.theta_VD.isfinite().all())]
             if known:
                 surface = replace(surface, without_KD=orthonormal(torch.cat(known)))
             groups, start_VD = [([0], surface)], surface.onto(start_VD[[number]])
-    return _Part(place, search.goal, start_VD, groups)
+        case _ if search.coupling is not None:
+            groups = [(everyone, surface)]
+        case _:
+            groups = [([vector], surface) for vector in everyone]
+    return _Part(place, search.goal, start_VD, groups, search.coupling)
 
 
 def _learned(
@@ -162,7 +201,12 @@ def _learned(
         for part, first in zip(parts, firsts, strict=True)
         for vectors, surface in part.groups
     ]
-    landscape = Landscape(slice_, counted_NT, goals, over=over)
+    couplings = [
+        replace(part.coupling, vectors=tuple(first + vector for vector in part.coupling.vectors))
+        for part, first in zip(parts, firsts, strict=True)
+        if part.coupling is not None
+    ]
+    landscape = Landscape(slice_, counted_NT, goals, over=over, couplings=couplings)
     start_VD = torch.cat([part.start_VD for part in parts])
     match method.optimiser:
         case "fixed_point":
@@ -171,7 +215,7 @@ def _learned(
             learned = amsgrad(
                 landscape, start_VD, groups, steps=method.steps, learning_rate=method.learning_rate
             )
-        case "random":
+        case "none":
             learned = amsgrad(landscape, start_VD, groups, steps=0)
     return [
         Learned(

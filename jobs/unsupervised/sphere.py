@@ -40,7 +40,8 @@ class Surface:
     def flat(self, vectors_VD: Tensor) -> Tensor:
         """The part of each vector that lies in the allowed subspace."""
         if self.within_KD is not None:
-            vectors_VD = vectors_VD @ self.within_KD.T @ self.within_KD
+            within_KD = self.within_KD.to(vectors_VD)
+            vectors_VD = vectors_VD @ within_KD.T @ within_KD
         if self.without_KD is not None:
             vectors_VD = vectors_VD - vectors_VD @ self.without_KD.T @ self.without_KD
         return vectors_VD

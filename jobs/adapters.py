@@ -1,0 +1,281 @@
+"""Job: learn low-rank changes of a block's feed-forward output that move a later layer most; read them.
+
+Source: Mack and Turner, "Mechanistically eliciting latent behaviors in language models", 2024, section on
+unsupervised steering adapters.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs.asking import check_asking, encode_prompt
+from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs.reading.behaviours import METRICS as BEHAVIOURS
+from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+
+if TYPE_CHECKING:
+    from jobs.engine.replica import Replica
+    from jobs.reading.behaviours import Said
+    from jobs.unsupervised.adapters import AdapterGoal, AdapterGround, LearnedAdapters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params(Reading):
+    """Which adapters are learned, how large they are, and the prompts.
+
+    Attributes:
+        source: Block whose feed-forward output matrix W becomes W + R B A^T, counted from 0.
+        target: Block at whose output the change is measured; above `source`.
+        counted: Tokens whose change counts: `all`, all `but_first`, or the `last` few.
+        last: How many, where `counted` is `last`.
+        adapters: How many are learned, none dependent on another.
+        rank: Columns of A and of B.
+        radius: R, a factor without unit; what it does depends on `normalised`.
+        normalised: What has norm 1: every `column` of A and B, as in the write-up's formula; the matrices, up
+            to a factor sqrt(rank) that columns would give them (`frobenius`); the product's largest singular
+            value (`spectral`). `notebook` is what the original code does: R / rank in place of R, and the
+            rows of A.
+        power: p of the objective, at least 1.
+        root: q of the objective, at least 1.
+        norm_over: What the norm inside of the objective is taken over: `hidden` or, as in the original code,
+            `tokens`.
+        few_tokens: Weight of the penalty on changes that many tokens share: an objective is multiplied by
+            exp(-few_tokens x entropy of the tokens' shares over the largest possible).
+        optimiser: `amsgrad`, or `none` for random adapters.
+        steps: Steps of AMSGrad.
+        learning_rate: An element and step.
+        prompts: Dataset of open prompts. Adapters are learned from those of the split extract.
+        learn_from: How many of them adapters are learned from.
+        read_on: How many prompts of each of the splits select and report the adapters are read on.
+        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
+        system: System message; None leaves what the model's template does by itself.
+        compare: Whether random adapters of the same size are read too.
+    """
+
+    source: int = 7
+    target: int = 22
+    counted: Literal["all", "but_first", "last"] = "last"
+    last: int = 3
+    adapters: int = 8
+    rank: int = 8
+    radius: float = 1.0
+    normalised: Literal["column", "frobenius", "spectral", "notebook"] = "column"
+    power: float = 2.0
+    root: float = 2.0
+    norm_over: Literal["hidden", "tokens"] = "hidden"
+    few_tokens: float = 0.0
+    optimiser: Literal["amsgrad", "none"] = "amsgrad"
+    steps: int = 100
+    learning_rate: float = 1e-3
+    prompts: str = "elicitation_prompts"
+    learn_from: int = 1
+    read_on: int = 2
+    chat: bool = True
+    system: str | None = None
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        check_asking(self)
+        self.check_reading()
+        if not 0 <= self.source < self.target:
+            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
+        for name in ("last", "adapters", "rank", "steps", "learn_from", "read_on"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        for name in ("power", "root"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        for name in ("radius", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes more than 0")
+        if not 0 <= self.few_tokens < math.inf:
+            raise ValueError(f"few_tokens={self.few_tokens}; it takes 0 or more")
+
+
+METRICS = {
+    "objective": Metric("stream units^(p/q)", "mean over the adapters of what they are to maximise"),
+    "objective_start": Metric("stream units^(p/q)", "the same where they start"),
+    "held_out_objective": Metric("stream units^(p/q)", "mean of it a prompt, over the split's prompts"),
+    "spread": Metric("share", "entropy of the tokens' shares of the objective over the largest possible"),
+    **BEHAVIOURS,
+    **OVER_RANDOM,
+}
+PACK_BY = None
+DATA = ("prompts",)
+LAYERS = ("source", "target")
+
+
+def size(params: Params) -> Size:
+    """About 45 tokens a prompt: each step reads half the model twice, completions are read twice."""
+    steps = 1 if params.optimiser == "none" else params.steps
+    learned = params.learn_from * params.adapters
+    read = params.adapters * (params.learn_from + 2 * params.read_on)
+    return Size(learned + read, 45 * learned * steps + 2 * read * (45 + params.max_new_tokens))
+
+
+def requires(params: Params) -> Sequence[Requirement]:
+    """Random adapters of the same size, if they are asked for."""
+    return [_random(params)] if params.compare and params.optimiser != "none" else []
+
+
+def _random(params: Params) -> Requirement:
+    return Requirement(job=__name__, params=canonical(replace(params, optimiser="none")))
+
+
+def check(params: Params) -> None:
+    """The prompts can be read. Raises SpecError if not."""
+    _read_prompts(params)
+
+
+def canonical(params: Params) -> Params:
+    """What is not used does not matter; random adapters are compared with nothing."""
+    changes: dict[str, Any] = {}
+    if params.counted != "last":
+        changes["last"] = 3
+    if params.power == 2:
+        changes["norm_over"] = "hidden"
+    if params.optimiser == "none":
+        changes |= {"steps": 1, "learning_rate": 1e-3, "compare": True}
+    return replace(params, **changes)
+
+
+def _read_prompts(params: Params) -> list[OpenPrompt]:
+    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+
+
+def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
+    """Learn each row's adapters at once, and complete all prompts under one after another.
+
+    Tensors of the outcome, float32: `a` (adapters, inner, rank) and `b` (adapters, hidden, rank), `radius`
+    (1,), which their product is multiplied with; `objectives` (adapters,); `history` (steps, adapters);
+    `shares` (adapters, prompts, tokens), each token's share of its prompt's sum of |delta|^p; and what
+    `behaviours.Behaviours` has. Table: `completions`, whose `item` is prompt x
+    adapters + adapter, each from 0.
+
+    Raises:
+        SpecError: If a layer or a token does not exist.
+        ModelError: If there is no chat template, the encoder is absent, the blocks cannot run alone, or the
+            block has no single output matrix in floating point.
+    """
+    for index, row in enumerate(rows):
+        yield index, _run(replica, row, context)
+
+
+_NOT_FINITE = "the objective of an adapter is not finite; use a smaller radius, or a wider dtype"
+
+
+def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
+    from jobs.engine.slices import Slice
+    from jobs.unsupervised.adapters import AdapterGoal, AdapterGround, learn_adapters
+    from jobs.unsupervised.objective import counted_tokens
+
+    params: Params = row.params
+    prompts = _read_prompts(params)
+    encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
+    goal = AdapterGoal(
+        radius=params.radius,
+        rank=params.rank,
+        normalised=params.normalised,
+        power=params.power,
+        root=params.root,
+        over=params.norm_over,
+        few_tokens=params.few_tokens,
+    )
+    slice_ = Slice(replica, encoded, source=params.source - 1, target=params.target)
+    counted_NT = counted_tokens(slice_.positions_NT, params.counted, last=params.last)
+    ground = AdapterGround(slice_, counted_NT, goal)
+    steps = 0 if params.optimiser == "none" else params.steps
+    learned = learn_adapters(
+        ground,
+        ground.drawn(params.adapters, row.seed),
+        range(params.learn_from),
+        steps=steps,
+        learning_rate=params.learning_rate,
+    )
+    if not bool(learned.values_K.isfinite().all()):
+        return Outcome(status=Status.FAILED, reason=_NOT_FINITE)
+    said_PK = _said(replica, encoded, params, goal, learned)
+    if isinstance(said_PK, str):
+        return Outcome(status=Status.FAILED, reason=said_PK)
+    return _outcome(prompts, said_PK, params, ground, learned, context)
+
+
+def _said(
+    replica: "Replica",
+    prompts: Sequence[list[int]],
+    params: Params,
+    goal: "AdapterGoal",
+    learned: "LearnedAdapters",
+) -> "list[list[Said]] | str":
+    """What is said under each adapter to each prompt; or why nothing can be said of it."""
+    from jobs.engine.adapting import adapted
+    from jobs.engine.decoding import Decoding, Work, generate
+    from jobs.engine.tables import row_tables
+    from jobs.reading.completions import flaw_of
+    from jobs.reading.sayings import said
+
+    work = [Work(prompt, 0) for prompt in range(len(prompts))]
+    replies = []
+    for adapter in range(params.adapters):
+        with adapted(replica, params.source, learned.adapters.change(goal, adapter)):
+            found = dict(
+                generate(
+                    replica,
+                    prompts,
+                    row_tables(replica, [[]]),
+                    work,
+                    Decoding(max_new_tokens=params.max_new_tokens),
+                )
+            )
+        replies += [found[prompt] for prompt in range(len(prompts))]
+    flaw = next(filter(None, map(flaw_of, replies)), None)
+    return flaw or said(replica, prompts, replies, params.max_new_tokens)
+
+
+def _outcome(
+    prompts: Sequence[OpenPrompt],
+    said_PK: "Sequence[Sequence[Said]]",
+    params: Params,
+    ground: "AdapterGround",
+    learned: "LearnedAdapters",
+    context: Context,
+) -> Outcome:
+    from jobs.reading.sayings import completion_rows
+
+    read = params.behaviours(prompts, said_PK)
+    history_SK = learned.history_SK
+    start_K = history_SK[0] if len(history_SK) else learned.values_K
+    common = {
+        "objective": float(learned.values_K.double().mean()),
+        "objective_start": float(start_K.double().mean()),
+        "spread": float(learned.spread_KN.double().mean()),
+    }
+    random = context.artifact(_random(params)) if requires(params) else None
+    metrics = {}
+    for split, means in read.metrics.items():
+        of = [number for number, prompt in enumerate(prompts) if prompt.split == split]
+        held_out_K, _, _ = ground.look(learned.adapters, of)
+        metrics[split] = {
+            **common,
+            "held_out_objective": float(held_out_K.double().mean()) / len(of),
+            **means,
+            **over_random(means, None if random is None else stored_means(random, split)),
+        }
+    tensors = {
+        "a": learned.adapters.a_KHQ,
+        "b": learned.adapters.b_KDQ,
+        "radius": learned.values_K.new_full((1,), ground.goal.factor),
+        "objectives": learned.values_K,
+        "history": history_SK,
+        "shares": learned.shares_KNT,
+    }
+    return Outcome(
+        metrics=metrics,
+        tables={"completions": completion_rows(prompts, said_PK)},
+        tensors={
+            **{name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
+            **read.tensors,
+        },
+    )

@@ -1,0 +1,280 @@
+"""Job: deep causal transcoding: features of a slice, ranked; read what the first ones make the model say.
+
+Source: Mack, "Deep causal transcoding", 2024. Features are trained and steered at the same site: the output
+of the source block.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs import melbo
+from jobs.asking import check_asking, encode_prompt
+from jobs.calibrate import radius_unit, unit_of
+from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs.errors import SpecError
+from jobs.reading.behaviours import METRICS as BEHAVIOURS
+from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.unsupervised.params import RadiusUnit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from jobs.engine.replica import Replica
+    from jobs.unsupervised.ground import Ground
+    from jobs.unsupervised.transcoding import Factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params(Reading):
+    """Which features are learned, how they are ranked, and how many are read.
+
+    Attributes:
+        source: Block to whose output vectors are added, at every token, counted from 0.
+        target: Block whose output the features explain; above `source`.
+        counted: Tokens whose change counts, in the mean: `all`, all `but_first`, or the `last` few.
+        last: How many, where `counted` is `last`.
+        kind: `linear`: singular vectors of the Jacobian. `quadratic`: of its derivative. `exponential`.
+        factors: Number of features, at most the residual stream's width.
+        radius: Norm at which vectors steer, and at which exponential features are learned, in the unit
+            `radius_in` (see `unsupervised.params.Learning`).
+        radius_in: `stream`, `residual_norm` or `calibrated`.
+        iterations: Updates of all features.
+        mix: Share of the new direction in each update of an exponential feature, above 0 and at most 1.
+        start: What the features start from: `random` vectors, or the first right singular vectors of the
+            slice's `jacobian`.
+        towards: A word of one token; with `away`, features are ranked by how far they push the last block's
+            output at the last token along the difference of both words' unembeddings. Empty ranks them by
+            strength.
+        away: See `towards`.
+        read: How many of the first features are read.
+        prompts: Dataset of open prompts. Features are learned from those of the split extract.
+        learn_from: How many of them features are learned from.
+        read_on: How many prompts of each of the splits select and report the features are read on.
+        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
+        system: System message; None leaves what the model's template does by itself.
+        compare: Whether random vectors of the same norm are read too.
+    """
+
+    source: int = 7
+    target: int = 22
+    counted: Literal["all", "but_first", "last"] = "last"
+    last: int = 3
+    kind: Literal["linear", "quadratic", "exponential"] = "exponential"
+    factors: int = 64
+    radius: float = 1.0
+    radius_in: RadiusUnit = "calibrated"
+    iterations: int = 10
+    mix: float = 1.0
+    start: Literal["random", "jacobian"] = "jacobian"
+    towards: str = ""
+    away: str = ""
+    read: int = 16
+    prompts: str = "elicitation_prompts"
+    learn_from: int = 1
+    read_on: int = 2
+    chat: bool = True
+    system: str | None = None
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        check_asking(self)
+        self.check_reading()
+        if not 0 <= self.source < self.target:
+            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
+        for name in ("last", "factors", "iterations", "read", "learn_from", "read_on"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"radius={self.radius}; it takes more than 0")
+        if not 0 < self.mix <= 1:
+            raise ValueError(f"mix={self.mix}; it takes more than 0, at most 1")
+        if self.read > self.factors:
+            raise ValueError(f"read={self.read}; there are {self.factors} factors")
+        if bool(self.towards) != bool(self.away):
+            raise ValueError(f"towards={self.towards!r}, away={self.away!r}; give both words or neither")
+
+
+METRICS = {
+    "explained": Metric(
+        "stream units", "mean over the features of what an iteration found last: see `transcoding.Factors`"
+    ),
+    "radius": Metric("stream units", "norm of every vector"),
+    "top_score": Metric("as ranked", "score of the first feature: its strength, or its push along the words"),
+    **BEHAVIOURS,
+    **OVER_RANDOM,
+}
+PACK_BY = None
+DATA = ("prompts",)
+LAYERS = ("source", "target")
+
+
+def size(params: Params) -> Size:
+    """About 45 tokens a prompt: an iteration reads half the model twice, completions are read twice."""
+    learned = params.learn_from * params.factors
+    read = params.read * (params.learn_from + 2 * params.read_on)
+    tokens = 45 * learned * (params.iterations + 10) + 2 * read * (45 + params.max_new_tokens)
+    return Size(learned + read, tokens)
+
+
+def requires(params: Params) -> Sequence[Requirement]:
+    """The unit of the radius; random vectors of the same norm, if they are asked for."""
+    return [*unit_of(params), *([_random(params)] if params.compare else [])]
+
+
+def _random(params: Params) -> Requirement:
+    same = (
+        *("source", "target", "counted", "last", "radius", "radius_in", "prompts", "learn_from", "read_on"),
+        *("chat", "system", "max_new_tokens", "most_nll", "most_repetition", "encoder"),
+    )
+    random = melbo.Params(
+        vectors=params.read, optimiser="none", **{name: getattr(params, name) for name in same}
+    )
+    return Requirement(job="jobs.melbo", params=melbo.canonical(random))
+
+
+def check(params: Params) -> None:
+    """The prompts can be read. Raises SpecError if not."""
+    _read_prompts(params)
+
+
+def canonical(params: Params) -> Params:
+    """What a kind does not use does not matter to it."""
+    changes: dict[str, Any] = {}
+    if params.counted != "last":
+        changes["last"] = 3
+    if params.kind != "exponential":
+        changes["mix"] = 1.0
+    return replace(params, **changes)
+
+
+def _read_prompts(params: Params) -> list[OpenPrompt]:
+    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+
+
+def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
+    """Learn the features of each row, rank them, complete all prompts under the first.
+
+    Tensors of the outcome, float32: `inputs` and `outputs` (factors, hidden), of norm 1, in the order of
+    their rank; `vectors` (read, hidden), the first inputs times the radius; `strengths` and `scores`
+    (factors,); `history` (iterations,); and what
+    `behaviours.Behaviours` has. Tables: `vectors`, `completions`.
+
+    Raises:
+        SpecError: If a layer, a token or a word does not exist, or so many features do not.
+        ModelError: If there is no chat template, the encoder is absent, or the blocks cannot run alone.
+    """
+    for index, row in enumerate(rows):
+        yield index, _run(replica, row, context)
+
+
+def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
+    from jobs.engine.interventions import Add
+    from jobs.engine.tables import row_tables
+    from jobs.reading.sayings import completion_rows, sayings
+    from jobs.unsupervised.ground import Ground
+
+    params: Params = row.params
+    prompts = _read_prompts(params)
+    encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
+    place = {name: getattr(params, name) for name in ("source", "target", "counted", "last")}
+    ground = Ground(replica, encoded[: params.learn_from], **place)
+    radius = params.radius * radius_unit(params, context)
+    factors = _factors(ground, params, radius, row.seed)
+    if not bool(factors.inputs_VD.isfinite().all()):
+        return Outcome(status=Status.FAILED, reason=_NOT_FINITE)
+    scores_V = _scores(replica, encoded[: params.learn_from], params, radius, factors)
+    order = scores_V.argsort(descending=True)
+    vectors_VD = (radius * factors.inputs_VD[order[: params.read]]).float().cpu().numpy()
+    tables = row_tables(replica, [[Add(layer=params.source, vector=vector_D)] for vector_D in vectors_VD])
+    [(_, found)] = sayings(
+        replica, encoded, tables, vectors=params.read, max_new_tokens=params.max_new_tokens
+    )
+    if found.flaw is not None:
+        return Outcome(status=Status.FAILED, reason=found.flaw)
+    read = params.behaviours(prompts, found.said_PV)
+    learned = {
+        "explained": float(factors.history_S[-1]),
+        "radius": radius,
+        "top_score": float(scores_V[order[0]]),
+    }
+    random = context.artifact(_random(params)) if params.compare else None
+    tensors = {
+        "inputs": factors.inputs_VD[order],
+        "outputs": factors.outputs_VD[order],
+        "strengths": factors.strengths_V[order.to(factors.strengths_V.device)],
+        "scores": scores_V[order],
+        "history": factors.history_S,
+    }
+    return Outcome(
+        metrics={
+            split: {
+                **learned,
+                **means,
+                **over_random(means, None if random is None else stored_means(random, split)),
+            }
+            for split, means in read.metrics.items()
+        },
+        tables={
+            "completions": completion_rows(prompts, found.said_PV),
+            "vectors": [
+                {"name": f"dct_{number}", "layer": params.source, "norm": radius, "vector": vector_D}
+                for number, vector_D in enumerate(vectors_VD)
+            ],
+        },
+        tensors={
+            **{name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
+            "vectors": vectors_VD,
+            **read.tensors,
+        },
+    )
+
+
+_NOT_FINITE = "the features are not finite; use a smaller radius, or a wider dtype"
+
+
+def _factors(ground: "Ground", params: Params, radius: float, seed: int) -> "Factors":
+    from jobs.unsupervised.causal_map import CausalMap
+    from jobs.unsupervised.sphere import Surface
+    from jobs.unsupervised.transcoding import exponential_factors, linear_factors, quadratic_factors
+
+    hidden = ground.slice_.inputs_NTD.shape[-1]
+    surface = Surface(radius=1.0, orthogonal=True)
+    surface.check(params.factors, hidden)
+    causal = CausalMap(ground.slice_, ground.counted_NT)
+    if params.start == "jacobian":
+        start_VD = ground.jacobian(params.factors)
+    else:
+        start_VD = surface.drawn(params.factors, hidden, seed).to(ground.slice_.wide)
+    match params.kind:
+        case "linear":
+            return linear_factors(causal, start_VD, iterations=params.iterations)
+        case "quadratic":
+            return quadratic_factors(causal, start_VD, iterations=params.iterations)
+        case "exponential":
+            return exponential_factors(causal, start_VD, radius, iterations=params.iterations, mix=params.mix)
+
+
+def _scores(
+    replica: "Replica",
+    prompts: Sequence[Sequence[int]],
+    params: Params,
+    radius: float,
+    factors: "Factors",
+) -> "Tensor":
+    """What features are ranked by, float64, on the device of the factors."""
+    if not params.towards:
+        return factors.strengths_V.abs().double().to(factors.inputs_VD.device)
+    if params.source >= replica.layers - 1:
+        raise SpecError(f"source={params.source} is the last block; words cannot rank what steers there")
+    from jobs.unsupervised.causal_map import CausalMap
+    from jobs.unsupervised.ground import Ground
+
+    words = [replica.single_token(word) for word in (params.towards, params.away)]
+    towards_D, away_D = replica.model.get_output_embeddings().weight[words].double()
+    end = Ground(replica, prompts, source=params.source, target=replica.layers - 1, counted="last", last=1)
+    pushed_VD = CausalMap(end.slice_, end.counted_NT).at(radius * factors.inputs_VD)
+    scores_V: Tensor = pushed_VD.double() @ (towards_D - away_D).to(pushed_VD.device)
+    return scores_V

@@ -1,0 +1,58 @@
+"""Run a replica with weights that a tuning job has changed, as low-rank changes of its matrices."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from jobs.engine.replica import Replica
+from jobs.errors import ModelError
+
+
+@contextmanager
+def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Inside the block, matrices of the model are W + B A.
+
+    The weights that were there before come back as they were, whatever happens inside.
+
+    Args:
+        replica: The model.
+        changes: For each matrix, by its module's name, `NAME.a` of shape (rank, inputs) and `NAME.b` of shape
+            (outputs, rank); other names are left alone.
+
+    Raises:
+        ModelError: If the model has no such matrix, or its weights are quantised.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(replica.other_weights())
+        for name in sorted(key.removesuffix(".a") for key in changes if key.endswith(".a")):
+            module = _matrix(replica, name)
+            before = module.weight
+            b, a = (torch.tensor(changes[f"{name}.{side}"]) for side in "ba")
+            after = _sum(before, b, a, module)
+            stack.callback(setattr, module, "weight", before)
+            module.weight = nn.Parameter(after, requires_grad=False)
+        yield
+
+
+def _matrix(replica: Replica, name: str) -> nn.Linear | Conv1D:
+    try:
+        module = replica.model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
+        raise ModelError(
+            f"{type(replica.model).__name__} has no matrix {name!r} in floating point, which the tuned "
+            "weights change; take the model and a dtype that they were tuned with"
+        )
+    return module
+
+
+@torch.no_grad()
+def _sum(weight: Tensor, b: Tensor, a: Tensor, module: nn.Module) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    change = b.to(weight.device, wide) @ a.to(weight.device, wide)
+    return (weight.to(wide) + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)

@@ -1,0 +1,149 @@
+"""Which vectors are learned, where, from what and how: what all jobs of learned sets share. No torch."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from jobs.asking import check_asking
+from jobs.data.prompts import OpenPrompt, load_open_prompts
+
+RadiusUnit = Literal["stream", "residual_norm", "calibrated"]
+Some = TypeVar("Some", bound="Learning")
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: two bases that have them cannot be combined
+class Learning:
+    """Where vectors act and are read, how they are learned, and from which prompts.
+
+    Attributes:
+        source: Block to whose output vectors are added, at every token, counted from 0.
+        target: Block at whose output the change is measured; above `source`. The original's
+            `target_layer_idx` is one more.
+        target_site: `after` the target block, or what its `attention` adds.
+        counted: Tokens whose change counts: `all`, all `but_first` (the first token of many models carries
+            huge states, and would be the whole objective), or the `last` few.
+        last: How many, where `counted` is `last`.
+        vectors: Number of vectors of the set.
+        radius: R, the norm of each vector, in the unit `radius_in`.
+        radius_in: `stream`: units of the residual stream. `residual_norm`: the mean norm of the residual
+            stream at the source over the counted tokens. `calibrated`: the norm at which random vectors begin
+            to act nonlinearly (`unsupervised.calibration`).
+        power: p of the objective, at least 1.
+        root: q of the objective, at least 1.
+        norm_over: What the norm inside of the objective is taken over: `hidden`, as in the formula, or
+            `tokens`, as in the original code.
+        orthogonality: `joint`: all vectors at right angles, learned together. `sequential`: each at right
+            angles to those learned before it. `soft_vectors`, `soft_deltas`: learned together, with a penalty
+            where two vectors, or the changes of the target that they make, are not at right angles. `none`.
+        apart: Weight of that penalty: the objectives are multiplied by exp(-apart x the sum of a vector's
+            squared cosines to the others, in the mean over the vectors).
+        contrast: Weight of the contrastive term: the objectives are multiplied by exp(contrast x (mean cosine
+            of a vector's mean changes on two prompts, minus that to the other vectors', in the mean)).
+        span: Vectors stay in the span of so many first right singular vectors of the activations of the
+            counted tokens at the source; 0 leaves them free.
+        start: What the optimiser starts from: `random` vectors, or the first right singular vectors of the
+            slice's `jacobian`.
+        draw: Which of several draws of the random start, from 0.
+        optimiser: `fixed_point`; `amsgrad`, as in the original; `none`: vectors stay where they start.
+        steps: Most steps of each vector.
+        tolerance: Relative rise of the objective at which the fixed point has settled.
+        learning_rate: Of AMSGrad, in residual-stream units an element and step.
+        prompts: Dataset of open prompts. Vectors are learned from those of the split extract.
+        learn_from: How many of them vectors are learned from.
+        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
+        system: System message; None leaves what the model's template does by itself.
+    """
+
+    source: int = 7
+    target: int = 22
+    target_site: Literal["after", "attention"] = "after"
+    counted: Literal["all", "but_first", "last"] = "but_first"
+    last: int = 3
+    vectors: int = 16
+    radius: float = 0.2
+    radius_in: RadiusUnit = "calibrated"
+    power: float = 2.0
+    root: float = 1.0
+    norm_over: Literal["hidden", "tokens"] = "hidden"
+    orthogonality: Literal["joint", "sequential", "soft_vectors", "soft_deltas", "none"] = "joint"
+    apart: float = 1.0
+    contrast: float = 0.0
+    span: int = 0
+    start: Literal["random", "jacobian"] = "random"
+    draw: int = 0
+    optimiser: Literal["fixed_point", "amsgrad", "none"] = "fixed_point"
+    steps: int = 40
+    tolerance: float = 1e-3
+    learning_rate: float = 1e-3
+    prompts: str = "elicitation_prompts"
+    learn_from: int = 1
+    chat: bool = True
+    system: str | None = None
+
+    def check_learning(self) -> None:
+        """Raises ValueError if such vectors cannot be meant."""
+        if not 0 <= self.source < self.target:
+            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
+        for name in ("last", "vectors", "learn_from", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        for name in ("power", "root"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        for name in ("radius", "tolerance", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes more than 0")
+        for name in ("apart", "contrast", "span", "draw"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; it takes 0 or more")
+        check_asking(self)
+        if self.contrast and self.orthogonality == "sequential":
+            raise ValueError(
+                f"contrast={self.contrast} with orthogonality='sequential'; it compares vectors that are "
+                "learned together"
+            )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the vectors are random ones."""
+        return self.optimiser == "none" and self.start == "random"
+
+
+TOGETHER = (
+    *("source", "target", "target_site", "counted", "last", "norm_over"),
+    *("optimiser", "steps", "tolerance", "learning_rate"),
+)
+"""Sets that agree in these are learned in shared batches."""
+_UNLEARNED = (
+    *("power", "root", "norm_over", "apart", "contrast"),
+    *("steps", "tolerance", "learning_rate"),
+)
+_DEFAULT = {field.name: field.default for field in fields(Learning)}
+
+
+def canonical_learning(params: Some) -> Some:
+    """What the rest makes irrelevant, as it is by default: the same vectors, the same parameters."""
+    unused: set[str] = set()
+    if params.counted != "last":
+        unused.add("last")
+    if params.optimiser != "fixed_point":
+        unused.add("tolerance")
+    if params.optimiser != "amsgrad":
+        unused.add("learning_rate")
+    if params.optimiser == "none":
+        unused |= set(_UNLEARNED)
+    if params.power == 2:
+        unused.add("norm_over")
+    if not params.orthogonality.startswith("soft"):
+        unused.add("apart")
+    if params.start == "jacobian":
+        unused.add("draw")
+    changes: dict[str, Any] = {name: _DEFAULT[name] for name in unused}
+    if params.optimiser == "none" and params.orthogonality == "sequential":
+        changes["orthogonality"] = "joint"
+    return replace(params, **changes)
+
+
+def learning_prompts(params: Learning, *, select: int = 0, report: int = 0) -> list[OpenPrompt]:
+    """The prompts that vectors are learned from, then the first of the other splits. Raises SpecError."""
+    return load_open_prompts(params.prompts, select, report, extract=params.learn_from)

@@ -1,0 +1,130 @@
+"""The sets of vectors that the rows of a pack ask for, learned in shared batches.
+
+V vectors, N prompts, T tokens, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from jobs.engine.replica import Replica
+from jobs.spec import Row, content_hash
+from jobs.unsupervised.effects import Effects, effects
+from jobs.unsupervised.ground import Ground
+from jobs.unsupervised.landscape import Goal
+from jobs.unsupervised.learned import Learned
+from jobs.unsupervised.objective import NormOver
+from jobs.unsupervised.params import TOGETHER, Learning
+from jobs.unsupervised.search import Method, Search, learn
+from jobs.unsupervised.span import activation_span, share_within
+
+
+class VectorSet(NamedTuple):
+    """The vectors of a row.
+
+    Attributes:
+        learned: As they were learned.
+        radius: Their norm, in stream units.
+        effects: What they do to the prompts that they were learned from; None where a vector is not finite.
+        on_manifold_V: Each vector's share of squared norm in the span of the counted tokens' activations.
+        on_manifold_random: That share of random vectors, in the mean: directions of the span over D.
+    """
+
+    learned: Learned
+    radius: float
+    effects: Effects | None
+    on_manifold_V: Tensor
+    on_manifold_random: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every vector is finite."""
+        return self.effects is not None
+
+
+def learn_sets(
+    replica: Replica, prompts: Sequence[Sequence[int]], rows: Sequence[Row], units: Sequence[float]
+) -> list[VectorSet]:
+    """The vectors of every row; what a row learns does not depend on the others.
+
+    Args:
+        replica: The model.
+        prompts: Token ids of the prompts that all rows learn from.
+        rows: Their params are `Learning`.
+        units: What a radius of 1 means to each of them, in stream units.
+
+    Raises:
+        SpecError: If a layer or a token does not exist, or so many vectors do not.
+        ModelError: If the blocks cannot run alone.
+        OutOfMemory: If a single vector on a single prompt does not fit.
+    """
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        together.setdefault(tuple(getattr(row.params, name) for name in TOGETHER), []).append(index)
+    found: dict[int, VectorSet] = {}
+    for indices in together.values():
+        ground = _ground(replica, prompts, rows[indices[0]].params)
+        learned = _learned(ground, [rows[index] for index in indices], [units[index] for index in indices])
+        found |= zip(indices, learned, strict=True)
+    return [found[index] for index in range(len(rows))]
+
+
+def _ground(replica: Replica, prompts: Sequence[Sequence[int]], params: Learning) -> Ground:
+    place = {name: getattr(params, name) for name in ("source", "target", "counted", "last")}
+    key = (__name__, tuple(map(tuple, prompts)), *place.values(), params.target_site)
+    return replica.keep(key, lambda: Ground(replica, prompts, site=params.target_site, **place))
+
+
+def _learned(ground: Ground, rows: Sequence[Row], units: Sequence[float]) -> list[VectorSet]:
+    """The sets of rows that agree in `TOGETHER`."""
+    params: Learning = rows[0].params
+    method = Method(
+        optimiser=params.optimiser,
+        steps=params.steps,
+        tolerance=params.tolerance,
+        learning_rate=params.learning_rate,
+    )
+    searches = [_search(ground, *each) for each in zip(rows, units, strict=True)]
+    learned = learn(ground.slice_, ground.counted_NT, searches, method, over=params.norm_over)
+    return [
+        _set(ground, search, each, params.norm_over) for search, each in zip(searches, learned, strict=True)
+    ]
+
+
+def _search(ground: Ground, row: Row, unit: float) -> Search:
+    params: Learning = row.params
+    goal = Goal(
+        radius=params.radius * unit,
+        power=params.power,
+        root=params.root,
+        prompts=tuple(range(len(ground.counted_NT))),
+    )
+    search = Search(
+        vectors=params.vectors,
+        goal=goal,
+        orthogonality=params.orthogonality,
+        apart=params.apart,
+        contrast=params.contrast,
+        within_KD=activation_span(ground.slice_, ground.counted_NT, params.span) if params.span else None,
+        seed=_seed(row.seed, params.draw),
+    )
+    if params.start == "random":
+        return search
+    search.check(ground.slice_.inputs_NTD.shape[-1])
+    return replace(search, start_VD=ground.jacobian(params.vectors))
+
+
+def _seed(seed: int, draw: int) -> int:
+    """That of a draw; of the first one the row's own."""
+    return seed if draw == 0 else int(content_hash([seed, draw])[:8], 16)
+
+
+def _set(ground: Ground, search: Search, learned: Learned, over: NormOver) -> VectorSet:
+    done = None
+    if bool(learned.theta_VD.isfinite().all()):
+        done = effects(ground.slice_, ground.counted_NT, learned.theta_VD, search.goal, over=over)
+    span_KD = activation_span(ground.slice_, ground.counted_NT)
+    shares_V = share_within(learned.theta_VD, span_KD)
+    return VectorSet(learned, search.goal.radius, done, shares_V, len(span_KD) / span_KD.shape[1])
