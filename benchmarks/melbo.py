@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from benchmarks.workload import block_flops
 from jobs.data.prompts import OpenPrompt
 from jobs.engine.interventions import Add
 from jobs.engine.loading import load_replica
-from jobs.engine.replica import Replica
+from jobs.engine.replica import Replica, position_ids
+from jobs.engine.sites import Place, attach, picked
 from jobs.engine.slices import Slice
 from jobs.engine.tables import row_tables
 from jobs.reading.behaviours import Reading
@@ -137,6 +139,27 @@ def bench_radius(
             replica, slice_, counted_NT, radius, {"ours": found.theta_VD, "AMSGrad": all_.theta_VD}
         ),
     }
+
+
+def gradient_error(replica: Replica, slice_: Slice, counted_NT: Tensor, ids: Sequence[int]) -> float:
+    """Largest relative difference between the gradient on the slice and that of the whole model."""
+    theta_VD = Surface(radius=2.0).drawn(4, replica.hidden_size, seed=1)
+    found = Landscape(slice_, counted_NT, [Goal(radius=2.0)] * 4).climb(theta_VD, range(4))
+    errors = []
+    for theta_D, gradient_D in zip(theta_VD, found.gradients_VD, strict=True):
+        leaf_D = theta_D.clone().requires_grad_()
+        source, target = Place(SOURCE, "after"), Place(TARGET, "after")
+        tokens, mask = replica.pad([ids])
+        handle = attach(replica, source, partial(torch.add, leaf_D))
+        try:
+            with picked(replica, [target], lambda h_BTD: h_BTD) as kept:
+                replica.forward(tokens, mask, position_ids(mask), keep=1)
+        finally:
+            handle.remove()
+        moved_TD = (kept[target] - slice_.targets_NTD)[0][counted_NT[0]]
+        (expected_D,) = torch.autograd.grad(moved_TD.square().sum(), leaf_D)
+        errors.append(float((gradient_D - expected_D).norm() / expected_D.norm()))
+    return max(errors)
 
 
 def worth(replica: Replica, theta_VD: Tensor) -> dict[str, float]:
@@ -256,6 +279,7 @@ def main(arguments: Sequence[str]) -> None:
         "radii": {},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    result["gradient_relative_error"] = gradient_error(replica, slice_, counted_NT, ids)
     result["costs"] = bench_costs(replica, ids)
     for radius in options.radii:
         found = bench_radius(replica, slice_, counted_NT, ids, radius)

@@ -290,6 +290,7 @@ def _reachable(root: str) -> dict[str, Path]:
     return found
 
 
+@cache
 def _imports(path: Path) -> Sequence[str]:
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -311,6 +312,7 @@ def _is_module(package: str, name: str) -> bool:
     )
 
 
+@cache
 def _normalised(path: Path) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):

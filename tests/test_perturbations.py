@@ -156,12 +156,13 @@ def test_on_a_linear_slice_the_fixed_point_is_the_first_singular_vector(seed: in
     assert (found.history_SV.diff(dim=0).nan_to_num() >= 0).all()
 
 
-def test_orthogonal_vectors_are_the_first_singular_vectors_in_order() -> None:
+def test_orthogonal_vectors_span_the_first_singular_vectors() -> None:
     ground, sizes, right = bowl()
     surface = Surface(radius=0.5, orthogonal=True)
     found = fixed_point(ground, drawn(surface, 4), [(range(4), surface)], steps=300, tolerance=1e-13)
-    np.testing.assert_allclose(np.abs(found.theta_VD.numpy() @ right[:4].T), 0.5 * np.eye(4), atol=1e-4)
-    np.testing.assert_allclose(found.values_V, 0.25 * sizes[:4] ** 2, rtol=1e-6)
+    inside = np.square(found.theta_VD.numpy() @ right[:4].T).sum(axis=1)
+    np.testing.assert_allclose(inside, 0.25, rtol=1e-5)
+    np.testing.assert_allclose(found.values_V.sum(), 0.25 * np.square(sizes[:4]).sum(), rtol=1e-6)
 
 
 def test_groups_of_one_call_find_what_they_find_alone() -> None:
@@ -255,15 +256,26 @@ def test_without_steps_vectors_stay_random() -> None:
     )
 
 
-def test_the_nearest_points_and_bases_are_orthonormal() -> None:
+def test_no_other_points_of_the_surface_agree_more_with_the_vectors() -> None:
     surface = Surface(radius=3.0, orthogonal=True)
     rows_KD = torch.randn((4, 12), dtype=torch.float64)
     points = surface.onto(rows_KD)
     torch.testing.assert_close(points @ points.T, 9 * torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(points[0] / 3, rows_KD[0] / rows_KD[0].norm())
-    assert (points * rows_KD).sum(dim=1).min() > 0
+    agreement = float((points * rows_KD).sum())
+    expected = 3 * np.linalg.svd(rows_KD.numpy(), compute_uv=False).sum()
+    assert agreement == pytest.approx(expected)
+    for seed in range(50):
+        others = surface.drawn(4, 12, seed).double()
+        assert float((others * rows_KD).sum()) < agreement
+
+
+def test_rows_are_made_orthonormal_in_their_order_and_none_is_turned_about() -> None:
+    rows_KD = torch.randn((4, 12), dtype=torch.float64)
     basis = orthonormal(rows_KD)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(rows_KD @ basis.T @ basis, rows_KD)
+    torch.testing.assert_close(basis[0], rows_KD[0] / rows_KD[0].norm())
+    assert (basis * rows_KD).sum(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, math.inf, math.nan])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.data.claims import load_questions
+from jobs.data.examples import load_examples
 from jobs.data.multiple_choice import load_multiple_choice
 from jobs.data.pairs import load_pairs
 from jobs.data.prompts import load_choices, load_conversations, load_open_prompts
@@ -82,6 +83,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "two-way choices": lambda path: load_choices(path, 3, 1),
     "open prompts": lambda path: load_open_prompts(path, 3, 1),
     "conversations": lambda path: load_conversations(path, 4),
+    "examples of replies": load_examples,
     "prompts to capture": lambda path: load_job("jobs.capture").check(
         make_params("jobs.capture", {"data": path})
     ),

@@ -154,7 +154,7 @@ def _embedding_writers(replica: Replica) -> list[Writer]:
 
 def _part_writers(part: nn.Module, hidden: int, layer: int, name: str) -> list[Writer]:
     """The last matrix of a part that gives the stream's width; of a mixture, that of each expert."""
-    owners = [part] if _is_matrix(part) else [each for each in part.modules() if not _is_matrix(each)]
+    owners = [part] if is_matrix(part) else [each for each in part.modules() if not is_matrix(each)]
     found = [
         writer for owner in owners for writer in (*_last_matrix(owner, hidden), *_experts(owner, hidden))
     ]
@@ -166,14 +166,20 @@ def _part_writers(part: nn.Module, hidden: int, layer: int, name: str) -> list[W
     return found
 
 
-def _is_matrix(module: nn.Module) -> bool:
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a matrix product, and perhaps a bias, alone."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _last_matrix(owner: nn.Module, hidden: int) -> list[Writer]:
-    candidates = [owner] if _is_matrix(owner) else list(owner.children())
-    matrices = [module for module in candidates if _is_matrix(module) and _width(module) == hidden]
+    candidates = [owner] if is_matrix(owner) else list(owner.children())
+    matrices = [module for module in candidates if is_matrix(module) and _width(module) == hidden]
     return _with_bias(matrices[-1]) if matrices else []
+
+
+def output_axis(matrix: nn.Module) -> int:
+    """Axis of the weight along which the outputs lie."""
+    return 1 if isinstance(matrix, Conv1D) else 0
 
 
 def _width(matrix: nn.Module) -> int:
@@ -183,7 +189,7 @@ def _width(matrix: nn.Module) -> int:
 
 
 def _with_bias(matrix: nn.Module) -> list[Writer]:
-    writers = [Writer(matrix, "weight", 1 if isinstance(matrix, Conv1D) else 0)]
+    writers = [Writer(matrix, "weight", output_axis(matrix))]
     return writers if matrix.bias is None else [*writers, Writer(matrix, "bias", 0)]
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from jobs.engine.ablation import is_matrix, output_axis
 from jobs.engine.replica import Replica
 from jobs.errors import ModelError
 
@@ -30,7 +31,7 @@ def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]
         stack.enter_context(replica.other_weights())
         for name in sorted(key.removesuffix(".a") for key in changes if key.endswith(".a")):
             module = _matrix(replica, name)
-            before = module.weight
+            before: Any = module.weight
             b, a = (torch.tensor(changes[f"{name}.{side}"]) for side in "ba")
             after = _sum(before, b, a, module)
             stack.callback(setattr, module, "weight", before)
@@ -38,21 +39,22 @@ def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]
         yield
 
 
-def _matrix(replica: Replica, name: str) -> nn.Linear | Conv1D:
+def _matrix(replica: Replica, name: str) -> nn.Module:
     try:
-        module = replica.model.get_submodule(name)
+        module: Any = replica.model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
+    if module is None or not is_matrix(module) or not module.weight.is_floating_point():
         raise ModelError(
             f"{type(replica.model).__name__} has no matrix {name!r} in floating point, which the tuned "
             "weights change; take the model and a dtype that they were tuned with"
         )
-    return module
+    found: nn.Module = module
+    return found
 
 
 @torch.no_grad()
 def _sum(weight: Tensor, b: Tensor, a: Tensor, module: nn.Module) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     change = b.to(weight.device, wide) @ a.to(weight.device, wide)
-    return (weight.to(wide) + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)
+    return (weight.to(wide) + (change.T if output_axis(module) else change)).to(weight.dtype)

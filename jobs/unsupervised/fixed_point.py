@@ -1,7 +1,8 @@
 """Maximise on a sphere by putting each vector where its gradient points: theta <- R g / |g|.
 
 At a maximum on the sphere the gradient is parallel to the vector, so that this is a fixed point. For p = 2,
-q = 1 and a linear slice it is power iteration for the Jacobian's first right singular vector.
+q = 1 and a linear slice it is power iteration for the Jacobian's first right singular vector. An orthogonal
+set goes where the sum of its inner products with the gradients is largest, which raises any convex sum.
 V vectors, S steps, D hidden.
 """
 
@@ -123,9 +124,8 @@ class _Climber:
         self.next_VD = self._step()
 
     def _step(self) -> Tensor:
-        ahead_VD = torch.nn.functional.normalize(self._surface.flat(self._gradients_VD), dim=-1)
-        here_VD = self.best_VD / self._surface.radius
-        return self._surface.onto((1 - self._length) * here_VD + self._length * ahead_VD)
+        ahead_VD = self._surface.onto(self._gradients_VD)
+        return self._surface.onto((1 - self._length) * self.best_VD + self._length * ahead_VD)
 
     def _without_broken(self, found: Climb) -> Climb:
         """What was found for finite vectors; the others leave the group."""

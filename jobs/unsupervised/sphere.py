@@ -47,13 +47,15 @@ class Surface:
         return vectors_VD
 
     def onto(self, vectors_VD: Tensor) -> Tensor:
-        """Points of the surface in the directions of the vectors; of orthogonal ones the first goes first."""
+        """The points of the surface whose inner products with the vectors have the largest sum.
+
+        Of orthogonal ones that is the polar factor: longer vectors are turned less.
+        """
         flat_VD = self.flat(vectors_VD)
         if not self.orthogonal:
             return torch.nn.functional.normalize(flat_VD, dim=-1) * self.radius
-        columns_DV, triangle_VV = torch.linalg.qr(flat_VD.T)
-        signs_V = torch.where(triangle_VV.diagonal() < 0, -1.0, 1.0).to(flat_VD)
-        points_VD: Tensor = (columns_DV * signs_V).T * self.radius
+        left_VV, _, right_VD = torch.linalg.svd(flat_VD, full_matrices=False)
+        points_VD: Tensor = left_VV @ right_VD * self.radius
         return points_VD
 
     def drawn(self, vectors: int, hidden: int, seed: int) -> Tensor:
@@ -63,6 +65,8 @@ class Surface:
 
 
 def orthonormal(rows_KD: Tensor) -> Tensor:
-    """An orthonormal basis of the span of rows that are independent, in their order."""
-    basis_KD: Tensor = torch.linalg.qr(rows_KD.T).Q.T
+    """Rows that are independent, made orthonormal one after the other; none is turned about."""
+    columns_DK, triangle_KK = torch.linalg.qr(rows_KD.T)
+    signs_K = torch.where(triangle_KK.diagonal() < 0, -1.0, 1.0).to(rows_KD)
+    basis_KD: Tensor = (columns_DK * signs_K).T
     return basis_KD

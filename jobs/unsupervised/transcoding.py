@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from jobs.unsupervised.causal_map import CausalMap
-from jobs.unsupervised.sphere import Surface
+from jobs.unsupervised.sphere import orthonormal
 
 Kind = Literal["linear", "quadratic", "exponential"]
 
@@ -45,11 +45,11 @@ def linear_factors(causal: CausalMap, start_VD: Tensor, *, iterations: int = 8) 
     Raises:
         OutOfMemory: If a single row does not fit.
     """
-    inputs_VD, history = _unit(start_VD), []
+    inputs_VD, history = orthonormal(start_VD), []
     for _ in range(iterations):
         pushed_VD = causal.pushed(inputs_VD)
         history.append(pushed_VD.norm(dim=1).mean())
-        inputs_VD = _unit(causal.pulled(torch.zeros_like(inputs_VD), pushed_VD).pulled_VD)
+        inputs_VD = orthonormal(causal.pulled(torch.zeros_like(inputs_VD), pushed_VD).pulled_VD)
     pushed_VD = causal.pushed(inputs_VD)
     # Of J restricted to the subspace, the singular vectors themselves.
     left_VK, sizes_K, right_KD = torch.linalg.svd(pushed_VD, full_matrices=False)
@@ -69,14 +69,14 @@ def quadratic_factors(causal: CausalMap, start_VD: Tensor, *, iterations: int = 
     Raises:
         OutOfMemory: If a single row does not fit.
     """
-    inputs_VD = _unit(start_VD)
+    inputs_VD = orthonormal(start_VD)
     outputs_VD = normalize(causal.curved(inputs_VD, torch.zeros_like(inputs_VD)).values_VD, dim=1)
     history = []
     for _ in range(iterations):
         found = causal.curved(inputs_VD, outputs_VD)
         outputs_VD = normalize(found.values_VD, dim=1)
         history.append((found.values_VD * outputs_VD).sum(dim=1).mean() / 2)
-        inputs_VD = _unit(found.pulled_VD)
+        inputs_VD = orthonormal(found.pulled_VD)
     values_VD = causal.curved(inputs_VD, outputs_VD).values_VD
     outputs_VD = normalize(values_VD, dim=1)
     return Factors(inputs_VD, outputs_VD, (values_VD * outputs_VD).sum(dim=1) / 2, torch.stack(history))
@@ -101,11 +101,11 @@ def exponential_factors(
     Raises:
         OutOfMemory: If a single row does not fit.
     """
-    inputs_VD = _unit(start_VD)
+    inputs_VD = orthonormal(start_VD)
     outputs_VD = normalize(causal.at(radius * inputs_VD), dim=1)
     history = []
     for _ in range(iterations):
-        inputs_VD = _unit(inputs_VD)
+        inputs_VD = orthonormal(inputs_VD)
         found = causal.pulled(radius * inputs_VD, outputs_VD)
         along_V1 = (found.values_VD * outputs_VD).sum(dim=1, keepdim=True)
         signs_V1 = torch.where(along_V1 < 0, -1.0, 1.0).to(along_V1)
@@ -133,8 +133,3 @@ def alphas(inputs_VD: Tensor, outputs_VD: Tensor, values_VD: Tensor) -> Tensor:
     along_V = (values_VD * outputs_VD).sum(dim=1)
     found_V: Tensor = torch.linalg.lstsq(kernel_VV, along_V[:, None], driver="gelsd").solution[:, 0]
     return found_V
-
-
-def _unit(rows_VD: Tensor) -> Tensor:
-    """Orthonormal rows in the directions of these, none of them turned about."""
-    return Surface(radius=1.0, orthogonal=True).onto(rows_VD)
