@@ -1,4 +1,4 @@
-# make install | demo | test | lint | bench-steering | bench-melbo | bench-gpu | lock
+# make install | demo | test | chaos | lint | bench-steering | bench-melbo | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test lint bench-steering bench-melbo bench-gpu lock
+.PHONY: install demo test chaos lint bench-steering bench-melbo bench-gpu lock
 
 install: $(STAMP)
 
@@ -43,6 +43,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The kills that `make test` leaves out.
+chaos: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m chaos
 
 lint: install
 	$(BIN)/ruff check .

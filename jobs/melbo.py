@@ -171,8 +171,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     Tensors of the outcome, float32: `vectors` (vectors, hidden), in stream units; `objectives` (vectors,);
     `history` (steps, vectors), what each step found before it moved, NaN after the last; `shares` (vectors,
     prompts, tokens), each token's share of its prompt's sum of |delta|^p, for the prompts that were learned
-    from, padded on the left; `on_manifold` (vectors,); and what
-    `behaviours.Behaviours` has. Tables: `vectors`, `completions`.
+    from, padded on the left; `on_manifold` (vectors,); and what `behaviours.Behaviours` has. Tables:
+    `vectors`, `completions`.
 
     A row fails alone if the objective of a vector is not finite where it starts, or the logits under one are
     not.
@@ -194,6 +194,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     whole = [index for index, found in enumerate(sets) if found.is_whole]
     for index in set(range(len(rows))) - set(whole):
         yield index, Outcome(status=Status.FAILED, reason=_NOT_FINITE)
+    if not whole:
+        return
     changes = [
         [Add(layer=rows[index].params.source, vector=theta_D.cpu().numpy())]
         for index in whole
@@ -206,7 +208,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         vectors=params.vectors,
         max_new_tokens=params.max_new_tokens,
     )
-    for place, found in said if whole else ():
+    for place, found in said:
         row = rows[whole[place]]
         if found.flaw is not None:
             yield whole[place], Outcome(status=Status.FAILED, reason=found.flaw)

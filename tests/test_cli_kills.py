@@ -18,13 +18,21 @@ from tests.command import ROOT, results, run_arguments, steersweep
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ("tables/metrics",),
+        pytest.param(("ledger.jsonl", "tables/metrics", "tables/trials"), marks=pytest.mark.chaos),
+    ],
+    ids=["once", "again and again"],
+)
 def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
-    finished: dict[str, Any], place: Path
+    finished: dict[str, Any], place: Path, moments: tuple[str, ...]
 ) -> None:
     expected = results(place / "finished")
-    folder = place / "killed"
-    command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, "killed"))]
-    for wanted in ("ledger.jsonl", "tables/metrics", "tables/trials"):
+    folder = place / f"killed-{len(moments)}"
+    command = [sys.executable, "-m", "orchestrator.cli", *map(str, run_arguments(place, folder.name))]
+    for wanted in moments:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(
             lambda path=folder / wanted: path.exists() and (path.is_file() or any(path.iterdir())), driver
@@ -37,7 +45,11 @@ def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
 
 @pytest.mark.parametrize(
     ("number", "send"),
-    [(signal.SIGINT, os.kill), (signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg)],
+    [
+        (signal.SIGINT, os.kill),
+        pytest.param(signal.SIGTERM, os.kill, marks=pytest.mark.chaos),
+        (signal.SIGTERM, os.killpg),
+    ],
     ids=["ctrl-c", "terminate", "terminate-group"],
 )
 def test_a_driver_that_is_asked_to_stop_says_how_to_go_on_and_leaves_no_process(

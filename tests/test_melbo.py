@@ -162,6 +162,8 @@ def test_vectors_that_are_never_finite_fail_their_row_alone(prompts: str) -> Non
     assert good.status == Status.COMPLETED
     assert bad.status == Status.FAILED
     assert "not finite" in str(bad.reason)
+    [alone] = outcomes(rows[1:])
+    assert alone.reason == bad.reason
 
 
 def test_which_tokens_count() -> None:

@@ -19,11 +19,10 @@ from tests.models import Artifacts
 pytestmark = pytest.mark.slow
 
 LAYERS = (8, 15, 22)
-MULTIPLIERS = (-40.0, 15.0, 50.0)
+MULTIPLIERS = (-40.0, 50.0)
 QUESTIONS = (
     "How was your day?",
     "What do you think of Mondays, and why do people talk about them so much?",
-    "Describe a small village.",
 )
 NEW_TOKENS = 16
 NEAR_TIE = 1e-3

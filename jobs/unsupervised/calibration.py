@@ -58,7 +58,7 @@ def calibrated_radius(slice_: Slice, counted_NT: Tensor, *, ratio: float = 0.5, 
     low, high = _RANGE
     if not excess(low) < 0 < excess(high):
         return math.nan
-    return unit * float(brentq(excess, low, high, rtol=1e-3))
+    return unit * float(brentq(excess, low, high, rtol=1e-2))
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ class Learning:
     start: Literal["random", "jacobian"] = "random"
     draw: int = 0
     optimiser: Literal["fixed_point", "amsgrad", "none"] = "fixed_point"
-    steps: int = 40
-    tolerance: float = 1e-3
+    steps: int = 20
+    tolerance: float = 5e-3
     learning_rate: float = 1e-3
     prompts: str = "elicitation_prompts"
     learn_from: int = 1
