@@ -4,16 +4,17 @@ Source: Mack and Turner, "Mechanistically eliciting latent behaviors in language
 unsupervised steering adapters.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.asking import check_asking, encode_prompt
-from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs.asking import encode_prompt
+from jobs.checks import above_zero, at_least
+from jobs.data.prompts import OpenPrompt
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.unsupervised.params import Sliced, canonical_slice
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -22,14 +23,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params(Reading):
-    """Which adapters are learned, how large they are, and the prompts.
+class Params(Sliced, Reading):
+    """Which adapters of the source's feed-forward output matrix W are learned, and how large: W + R B A^T.
 
     Attributes:
-        source: Block whose feed-forward output matrix W becomes W + R B A^T, counted from 0.
-        target: Block at whose output the change is measured; above `source`.
-        counted: Tokens whose change counts: `all`, all `but_first`, or the `last` few.
-        last: How many, where `counted` is `last`.
         adapters: How many are learned, none dependent on another.
         rank: Columns of A and of B.
         radius: R, a factor without unit; what it does depends on `normalised`.
@@ -46,18 +43,10 @@ class Params(Reading):
         optimiser: `amsgrad`, or `none` for random adapters.
         steps: Steps of AMSGrad.
         learning_rate: An element and step.
-        prompts: Dataset of open prompts. Adapters are learned from those of the split extract.
-        learn_from: How many of them adapters are learned from.
-        read_on: How many prompts of each of the splits select and report the adapters are read on.
-        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
-        system: System message; None leaves what the model's template does by itself.
         compare: Whether random adapters of the same size are read too.
     """
 
-    source: int = 7
-    target: int = 22
     counted: Literal["all", "but_first", "last"] = "last"
-    last: int = 3
     adapters: int = 8
     rank: int = 8
     radius: float = 1.0
@@ -69,29 +58,14 @@ class Params(Reading):
     optimiser: Literal["amsgrad", "none"] = "amsgrad"
     steps: int = 100
     learning_rate: float = 1e-3
-    prompts: str = "elicitation_prompts"
-    learn_from: int = 1
-    read_on: int = 2
-    chat: bool = True
-    system: str | None = None
     compare: bool = True
 
     def __post_init__(self) -> None:
-        check_asking(self)
+        self.check_slice()
         self.check_reading()
-        if not 0 <= self.source < self.target:
-            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
-        for name in ("last", "adapters", "rank", "steps", "learn_from", "read_on"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("power", "root"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("radius", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes more than 0")
-        if not 0 <= self.few_tokens < math.inf:
-            raise ValueError(f"few_tokens={self.few_tokens}; it takes 0 or more")
+        at_least(self, 1, "adapters", "rank", "steps", "power", "root")
+        above_zero(self, "radius", "learning_rate")
+        at_least(self, 0, "few_tokens")
 
 
 METRICS = {
@@ -126,23 +100,17 @@ def _random(params: Params) -> Requirement:
 
 def check(params: Params) -> None:
     """The prompts can be read. Raises SpecError if not."""
-    _read_prompts(params)
+    params.read_prompts(read_on=params.read_on)
 
 
 def canonical(params: Params) -> Params:
     """What is not used does not matter; random adapters are compared with nothing."""
     changes: dict[str, Any] = {}
-    if params.counted != "last":
-        changes["last"] = 3
     if params.power == 2:
         changes["norm_over"] = "hidden"
     if params.optimiser == "none":
         changes |= {"steps": 1, "learning_rate": 1e-3, "compare": True}
-    return replace(params, **changes)
-
-
-def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+    return replace(canonical_slice(params), **changes)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -172,7 +140,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     from jobs.unsupervised.objective import counted_tokens
 
     params: Params = row.params
-    prompts = _read_prompts(params)
+    prompts = params.read_prompts(read_on=params.read_on)
     encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
     goal = AdapterGoal(
         radius=params.radius,
@@ -183,7 +151,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
         over=params.norm_over,
         few_tokens=params.few_tokens,
     )
-    slice_ = Slice(replica, encoded, source=params.source - 1, target=params.target)
+    slice_ = Slice(replica, encoded, source=params.source - 1, target=params.target, site=params.target_site)
     counted_NT = counted_tokens(slice_.positions_NT, params.counted, last=params.last)
     ground = AdapterGround(slice_, counted_NT, goal)
     steps = 0 if params.optimiser == "none" else params.steps

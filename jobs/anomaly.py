@@ -12,6 +12,7 @@ import numpy as np
 
 from jobs import melbo
 from jobs.asking import encode_prompt
+from jobs.checks import at_least
 from jobs.data.examples import Example, load_examples
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
@@ -38,8 +39,7 @@ class Params:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        if self.resamples < 100:
-            raise ValueError(f"resamples={self.resamples}; it takes 100 or more")
+        at_least(self, 100, "resamples")
         _learned(self)
 
 
@@ -155,9 +155,8 @@ def _changes(replica: "Replica", learned: melbo.Params, vectors_VD: np.ndarray) 
 
     from jobs.unsupervised.causal_map import CausalMap
     from jobs.unsupervised.ground import Ground
-    from jobs.unsupervised.params import learning_prompts
 
-    prompts = [encode_prompt(replica, each.prompt, learned) for each in learning_prompts(learned)]
+    prompts = [encode_prompt(replica, each.prompt, learned) for each in learned.read_prompts()]
     ground = Ground(replica, prompts, source=learned.source, target=learned.target, counted="last", last=1)
     theta_VD = torch.tensor(vectors_VD).to(ground.slice_.wide)
     found_VD: np.ndarray = CausalMap(ground.slice_, ground.counted_NT).at(theta_VD).double().cpu().numpy()

@@ -2,58 +2,35 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.asking import check_asking, encode_prompt
-from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs.asking import encode_prompt
+from jobs.checks import above_zero
 from jobs.errors import SpecError
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
+from jobs.unsupervised.params import Sliced, canonical_slice
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params:
-    """The slice, its tokens and the prompts.
+class Params(Sliced):
+    """The slice, and what calibrated means.
 
     Attributes:
-        source: Block to whose output vectors are added, at every token, counted from 0.
-        target: Block at whose output the change is measured; above `source`.
-        target_site: `after` the target block, or what its `attention` adds.
-        counted: Tokens whose change counts: `all`, all `but_first`, or the `last` few.
-        last: How many, where `counted` is `last`.
         ratio: Share of a linear effect by which the effect of random vectors departs from it at the
             calibrated norm, above 0.
-        prompts: Dataset of open prompts; those of the split extract are read.
-        learn_from: How many of them.
-        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
-        system: System message; None leaves what the model's template does by itself.
     """
 
-    source: int = 7
-    target: int = 22
-    target_site: Literal["after", "attention"] = "after"
-    counted: Literal["all", "but_first", "last"] = "but_first"
-    last: int = 3
     ratio: float = 0.5
-    prompts: str = "elicitation_prompts"
-    learn_from: int = 1
-    chat: bool = True
-    system: str | None = None
 
     def __post_init__(self) -> None:
-        check_asking(self)
-        if not 0 <= self.source < self.target:
-            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
-        for name in ("last", "learn_from"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        if not self.ratio > 0:
-            raise ValueError(f"ratio={self.ratio}; it takes more than 0")
+        self.check_slice()
+        above_zero(self, "ratio")
 
 
 METRICS = {
@@ -78,23 +55,23 @@ def requires(params: Params) -> Sequence[Requirement]:
 
 def check(params: Params) -> None:
     """The prompts can be read. Raises SpecError if not."""
-    _read_prompts(params)
+    params.read_prompts()
 
 
 def canonical(params: Params) -> Params:
     """How many last tokens count matters only where they do."""
-    return params if params.counted == "last" else replace(params, last=3)
+    return canonical_slice(params)
 
 
 def unit_of(params: Any) -> list[Requirement]:
     """What another job needs to know the unit of its radius: the calibration of its slice, unless it is 1.
 
     Args:
-        params: Of that job; `radius_in` names the unit, and parameters of the same names say which slice.
+        params: Of that job, which are `Sliced`; `radius_in` names the unit.
     """
     if params.radius_in == "stream":
         return []
-    names = set(Params.__dataclass_fields__) & set(type(params).__dataclass_fields__)
+    names = {each.name for each in fields(Sliced)}
     same = Params(**{name: getattr(params, name) for name in names})
     return [Requirement(job=__name__, params=canonical(same))]
 
@@ -112,10 +89,6 @@ def radius_unit(params: Any, context: Context) -> float:
     return 1.0
 
 
-def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return load_open_prompts(params.prompts, 0, 0, extract=params.learn_from)
-
-
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """Calibrate each row's slice.
 
@@ -130,7 +103,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     for index, row in enumerate(rows):
         params: Params = row.params
-        prompts = _read_prompts(params)
+        prompts = params.read_prompts()
         encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
         ground = Ground(
             replica,

@@ -4,20 +4,19 @@ Source: Mack, "Deep causal transcoding", 2024. Features are trained and steered 
 of the source block.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
 
 from jobs import melbo
-from jobs.asking import check_asking, encode_prompt
+from jobs.asking import encode_prompt
 from jobs.calibrate import radius_unit, unit_of
-from jobs.data.prompts import OpenPrompt, load_open_prompts
+from jobs.checks import above_zero, at_least
 from jobs.errors import SpecError
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.unsupervised.params import RadiusUnit
+from jobs.unsupervised.params import RadiusUnit, Sliced, canonical_slice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +27,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Params(Reading):
+class Params(Sliced, Reading):
     """Which features are learned, how they are ranked, and how many are read.
 
     Attributes:
-        source: Block to whose output vectors are added, at every token, counted from 0.
-        target: Block whose output the features explain; above `source`.
-        counted: Tokens whose change counts, in the mean: `all`, all `but_first`, or the `last` few.
-        last: How many, where `counted` is `last`.
         kind: `linear`: singular vectors of the Jacobian. `quadratic`: of its derivative. `exponential`.
         factors: Number of features, at most the residual stream's width.
         radius: Norm at which vectors steer, and at which exponential features are learned, in the unit
@@ -50,18 +45,10 @@ class Params(Reading):
             strength.
         away: See `towards`.
         read: How many of the first features are read.
-        prompts: Dataset of open prompts. Features are learned from those of the split extract.
-        learn_from: How many of them features are learned from.
-        read_on: How many prompts of each of the splits select and report the features are read on.
-        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
-        system: System message; None leaves what the model's template does by itself.
         compare: Whether random vectors of the same norm are read too.
     """
 
-    source: int = 7
-    target: int = 22
     counted: Literal["all", "but_first", "last"] = "last"
-    last: int = 3
     kind: Literal["linear", "quadratic", "exponential"] = "exponential"
     factors: int = 64
     radius: float = 1.0
@@ -72,23 +59,13 @@ class Params(Reading):
     towards: str = ""
     away: str = ""
     read: int = 16
-    prompts: str = "elicitation_prompts"
-    learn_from: int = 1
-    read_on: int = 2
-    chat: bool = True
-    system: str | None = None
     compare: bool = True
 
     def __post_init__(self) -> None:
-        check_asking(self)
+        self.check_slice()
         self.check_reading()
-        if not 0 <= self.source < self.target:
-            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
-        for name in ("last", "factors", "iterations", "read", "learn_from", "read_on"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        if not 0 < self.radius < math.inf:
-            raise ValueError(f"radius={self.radius}; it takes more than 0")
+        at_least(self, 1, "factors", "iterations", "read")
+        above_zero(self, "radius")
         if not 0 < self.mix <= 1:
             raise ValueError(f"mix={self.mix}; it takes more than 0, at most 1")
         if self.read > self.factors:
@@ -126,8 +103,8 @@ def requires(params: Params) -> Sequence[Requirement]:
 
 def _random(params: Params) -> Requirement:
     same = (
-        *("source", "target", "counted", "last", "radius", "radius_in", "prompts", "learn_from", "read_on"),
-        *("chat", "system", "max_new_tokens", "most_nll", "most_repetition", "encoder"),
+        *(each.name for each in (*fields(Sliced), *fields(Reading))),
+        *("radius", "radius_in"),
     )
     random = melbo.Params(
         vectors=params.read, optimiser="none", **{name: getattr(params, name) for name in same}
@@ -137,21 +114,13 @@ def _random(params: Params) -> Requirement:
 
 def check(params: Params) -> None:
     """The prompts can be read. Raises SpecError if not."""
-    _read_prompts(params)
+    params.read_prompts(read_on=params.read_on)
 
 
 def canonical(params: Params) -> Params:
     """What a kind does not use does not matter to it."""
-    changes: dict[str, Any] = {}
-    if params.counted != "last":
-        changes["last"] = 3
-    if params.kind != "exponential":
-        changes["mix"] = 1.0
-    return replace(params, **changes)
-
-
-def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+    params = canonical_slice(params)
+    return params if params.kind == "exponential" else replace(params, mix=1.0)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -177,10 +146,10 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     from jobs.unsupervised.ground import Ground
 
     params: Params = row.params
-    prompts = _read_prompts(params)
+    prompts = params.read_prompts(read_on=params.read_on)
     encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
     place = {name: getattr(params, name) for name in ("source", "target", "counted", "last")}
-    ground = Ground(replica, encoded[: params.learn_from], **place)
+    ground = Ground(replica, encoded[: params.learn_from], site=params.target_site, **place)
     radius = params.radius * radius_unit(params, context)
     factors = _factors(ground, params, radius, row.seed)
     if not bool(factors.inputs_VD.isfinite().all()):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.asking import check_asking, encode_prompt
+from jobs.checks import above_zero, at_least
 from jobs.data.examples import Example, load_examples
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
 
@@ -42,11 +43,8 @@ class Params:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "batch", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}; it takes more than 0")
+        at_least(self, 1, "rank", "epochs", "batch", "max_new_tokens")
+        above_zero(self, "learning_rate")
         check_asking(self)
 
 

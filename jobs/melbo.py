@@ -27,7 +27,7 @@ from jobs.reading.behaviours import (
 )
 from jobs.resolve import parse_use
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
-from jobs.unsupervised.params import Learning, canonical_learning, learning_prompts
+from jobs.unsupervised.params import Learning, canonical_learning
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -40,8 +40,6 @@ class Params(Learning, Reading):
     """Which vectors are learned, what they are read on, and what they are compared with.
 
     Attributes:
-        read_on: How many prompts of each of the splits select and report the vectors are read on, besides
-            those that they are learned from.
         compare: Whether random vectors of the same norm are read too.
         random_norms: Further norms, in units of the set's own, at which random vectors are read, to compare
             with random ones of equal nll.
@@ -49,7 +47,6 @@ class Params(Learning, Reading):
             nll.
     """
 
-    read_on: int = 2
     compare: bool = True
     random_norms: tuple[float, ...] = ()
     temperatures: tuple[float, ...] = ()
@@ -57,8 +54,6 @@ class Params(Learning, Reading):
     def __post_init__(self) -> None:
         self.check_learning()
         self.check_reading()
-        if self.read_on < 1:
-            raise ValueError(f"read_on={self.read_on}; it takes 1 or more")
         for name in ("random_norms", "temperatures"):
             values = getattr(self, name)
             if not all(0 < value < math.inf for value in values):
@@ -141,7 +136,6 @@ def _sampled(params: Params) -> list[Requirement]:
             params=sample.Params(
                 samples=params.vectors,
                 temperature=temperature,
-                read_on=params.read_on,
                 **{name: getattr(params, name) for name in sample.SHARED},
             ),
         )
@@ -151,7 +145,7 @@ def _sampled(params: Params) -> list[Requirement]:
 
 def check(params: Params) -> None:
     """The prompts can be read. Raises SpecError if not."""
-    _read_prompts(params)
+    params.read_prompts(read_on=params.read_on)
 
 
 def canonical(params: Params) -> Params:
@@ -159,10 +153,6 @@ def canonical(params: Params) -> Params:
     if params.is_random:
         params = replace(params, compare=True, random_norms=(), temperatures=())
     return canonical_learning(params)
-
-
-def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return learning_prompts(params, select=params.read_on, report=params.read_on)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -187,7 +177,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     from jobs.unsupervised.sets import learn_sets
 
     params = rows[0].params
-    prompts = _read_prompts(params)
+    prompts = params.read_prompts(read_on=params.read_on)
     encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
     units = [radius_unit(row.params, context) for row in rows]
     sets = learn_sets(replica, encoded[: params.learn_from], rows, units)

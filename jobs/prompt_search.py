@@ -12,8 +12,8 @@ import numpy as np
 
 from jobs import melbo
 from jobs.asking import encode_prompt
+from jobs.checks import at_least
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
-from jobs.unsupervised.params import learning_prompts
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -46,9 +46,7 @@ class Params:
     encoder: str = "all-minilm-l6-v2"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "likeliest", "candidates", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
+        at_least(self, 1, "tokens", "steps", "likeliest", "candidates", "max_new_tokens")
         learned = melbo.parse(self.learned)
         if not 0 <= self.vector < learned.vectors:
             raise ValueError(f"vector={self.vector}; the set has the vectors 0 to {learned.vectors - 1}")
@@ -105,7 +103,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
 
     params: Params = row.params
     learned = melbo.parse(params.learned)
-    prompt = learning_prompts(learned)[0].prompt
+    prompt = learned.read_prompts()[0].prompt
     vector_D = context.artifact(requires(params)[0])["vectors"][params.vector]
     before, after = _around(replica, prompt, learned)
     task = TokenSearch(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs import melbo
+from jobs.checks import at_least
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import stored_means, stored_sayings
 from jobs.scoring.goldilocks import Pick, bootstrap, curve, pick
@@ -38,8 +39,7 @@ class Params:
     def __post_init__(self) -> None:
         if len(self.radii) < 3 or list(self.radii) != sorted(set(self.radii)) or self.radii[0] <= 0:
             raise ValueError(f"radii={self.radii}; it takes three or more above 0, rising")
-        if self.resamples < 100:
-            raise ValueError(f"resamples={self.resamples}; it takes 100 or more")
+        at_least(self, 100, "resamples")
         melbo.parse(self.learned)
 
 

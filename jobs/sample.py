@@ -1,11 +1,11 @@
 """Job: sample the unsteered model several times; how diverse and fluent that is, to compare vectors with."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.asking import check_asking, encode_prompt
+from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt, load_open_prompts
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import Reading
@@ -24,7 +24,6 @@ class Params(Reading):
         temperature: Divides the logits before a token is drawn, above 0.
         prompts: Dataset of open prompts.
         learn_from: How many prompts of the split extract are completed.
-        read_on: How many of each of the splits select and report.
         chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
         system: System message; None leaves what the model's template does by itself.
     """
@@ -33,27 +32,24 @@ class Params(Reading):
     temperature: float = 1.0
     prompts: str = "elicitation_prompts"
     learn_from: int = 1
-    read_on: int = 2
     chat: bool = True
     system: str | None = None
 
     def __post_init__(self) -> None:
         check_asking(self)
         self.check_reading()
-        for name, least in (("samples", 1), ("learn_from", 0), ("read_on", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes {least} or more")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature}; it takes more than 0")
+        at_least(self, 1, "samples")
+        at_least(self, 0, "learn_from")
+        above_zero(self, "temperature")
 
 
 METRICS = BEHAVIOURS
 SHARED = (
-    *("prompts", "learn_from", "chat", "system", "max_new_tokens"),
+    *("prompts", "learn_from", "read_on", "chat", "system", "max_new_tokens"),
     *("most_nll", "most_repetition", "encoder"),
 )
 """Parameters that a job of vectors has too, under the same names."""
-PACK_BY = ("samples", "temperature", "read_on", *SHARED)
+PACK_BY = ("samples", "temperature", *SHARED)
 DATA = ("prompts",)
 LAYERS: tuple[str, ...] = ()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs import melbo
+from jobs.checks import at_least
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ class Params:
     alike: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.draws < 2:
-            raise ValueError(f"draws={self.draws}; it takes 2 or more")
+        at_least(self, 2, "draws")
         if not 0 < self.alike <= 1:
             raise ValueError(f"alike={self.alike}; it takes a cosine above 0, at most 1")
         params = melbo.parse(self.learned)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt
 from jobs.scoring import diversity
 from jobs.scoring.similarity import embed
@@ -93,12 +94,15 @@ class Reading:
     """How the completions of a set are made and judged.
 
     Attributes:
+        read_on: How many prompts of each of the splits select and report are completed, besides those that
+            were learned from.
         max_new_tokens: Most tokens of a completion.
         most_nll: A completion is fluent up to so many nats a token under the unsteered model.
         most_repetition: A completion is fluent up to this share of repeated trigrams.
         encoder: Of the sentence embeddings that diversity is measured with.
     """
 
+    read_on: int = 2
     max_new_tokens: int = 30
     most_nll: float = 3.0
     most_repetition: float = 0.3
@@ -106,10 +110,8 @@ class Reading:
 
     def check_reading(self) -> None:
         """Raises ValueError if the completions cannot be read so."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}; it takes 1 or more")
-        if not 0 < self.most_nll < math.inf:
-            raise ValueError(f"most_nll={self.most_nll}; it takes more than 0")
+        at_least(self, 1, "read_on", "max_new_tokens")
+        above_zero(self, "most_nll")
         if not 0 <= self.most_repetition <= 1:
             raise ValueError(f"most_repetition={self.most_repetition}; it takes a share from 0 to 1")
 

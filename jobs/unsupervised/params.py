@@ -1,28 +1,62 @@
-"""Which vectors are learned, where, from what and how: what all jobs of learned sets share. No torch."""
+"""Which slice of the model, which vectors and how they are learned: what jobs share. No torch."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from jobs.asking import check_asking
+from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt, load_open_prompts
 
 RadiusUnit = Literal["stream", "residual_norm", "calibrated"]
+Sliceds = TypeVar("Sliceds", bound="Sliced")
 Some = TypeVar("Some", bound="Learning")
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two bases that have them cannot be combined
-class Learning:
-    """Where vectors act and are read, how they are learned, and from which prompts.
+class Sliced:
+    """Which blocks of the model, which of their tokens, and on which prompts.
 
     Attributes:
         source: Block to whose output vectors are added, at every token, counted from 0.
-        target: Block at whose output the change is measured; above `source`. The original's
-            `target_layer_idx` is one more.
+        target: Block at whose output the change is measured; above `source`. The `target_layer_idx` of the
+            original MELBO is one more.
         target_site: `after` the target block, or what its `attention` adds.
         counted: Tokens whose change counts: `all`, all `but_first` (the first token of many models carries
             huge states, and would be the whole objective), or the `last` few.
         last: How many, where `counted` is `last`.
+        prompts: Dataset of open prompts; those of the split extract are learned from.
+        learn_from: How many of them.
+        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
+        system: System message; None leaves what the model's template does by itself.
+    """
+
+    source: int = 7
+    target: int = 22
+    target_site: Literal["after", "attention"] = "after"
+    counted: Literal["all", "but_first", "last"] = "but_first"
+    last: int = 3
+    prompts: str = "elicitation_prompts"
+    learn_from: int = 1
+    chat: bool = True
+    system: str | None = None
+
+    def check_slice(self) -> None:
+        """Raises ValueError if such a slice cannot be meant."""
+        check_asking(self)
+        if not 0 <= self.source < self.target:
+            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
+        at_least(self, 1, "last", "learn_from")
+
+    def read_prompts(self, *, read_on: int = 0) -> list[OpenPrompt]:
+        """The prompts that are learned from, then the first of select and of report. Raises SpecError."""
+        return load_open_prompts(self.prompts, read_on, read_on, extract=self.learn_from)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Sliced):
+    """How vectors are learned.
+
+    Attributes:
         vectors: Number of vectors of the set.
         radius: R, the norm of each vector, in the unit `radius_in`.
         radius_in: `stream`: units of the residual stream. `residual_norm`: the mean norm of the residual
@@ -48,17 +82,8 @@ class Learning:
         steps: Most steps of each vector.
         tolerance: Relative rise of the objective at which the fixed point has settled.
         learning_rate: Of AMSGrad, in residual-stream units an element and step.
-        prompts: Dataset of open prompts. Vectors are learned from those of the split extract.
-        learn_from: How many of them vectors are learned from.
-        chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
-        system: System message; None leaves what the model's template does by itself.
     """
 
-    source: int = 7
-    target: int = 22
-    target_site: Literal["after", "attention"] = "after"
-    counted: Literal["all", "but_first", "last"] = "but_first"
-    last: int = 3
     vectors: int = 16
     radius: float = 0.2
     radius_in: RadiusUnit = "calibrated"
@@ -75,28 +100,13 @@ class Learning:
     steps: int = 20
     tolerance: float = 5e-3
     learning_rate: float = 1e-3
-    prompts: str = "elicitation_prompts"
-    learn_from: int = 1
-    chat: bool = True
-    system: str | None = None
 
     def check_learning(self) -> None:
         """Raises ValueError if such vectors cannot be meant."""
-        if not 0 <= self.source < self.target:
-            raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
-        for name in ("last", "vectors", "learn_from", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("power", "root"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 1 or more")
-        for name in ("radius", "tolerance", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes more than 0")
-        for name in ("apart", "contrast", "span", "draw"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}; it takes 0 or more")
-        check_asking(self)
+        self.check_slice()
+        at_least(self, 1, "vectors", "steps", "power", "root")
+        above_zero(self, "radius", "tolerance", "learning_rate")
+        at_least(self, 0, "apart", "contrast", "span", "draw")
         if self.contrast and self.orthogonality == "sequential":
             raise ValueError(
                 f"contrast={self.contrast} with orthogonality='sequential'; it compares vectors that are "
@@ -121,11 +131,15 @@ _UNLEARNED = (
 _DEFAULT = {field.name: field.default for field in fields(Learning)}
 
 
+def canonical_slice(params: Sliceds) -> Sliceds:
+    """How many last tokens count matters only where they do."""
+    return params if params.counted == "last" else replace(params, last=Sliced.last)
+
+
 def canonical_learning(params: Some) -> Some:
     """What the rest makes irrelevant, as it is by default: the same vectors, the same parameters."""
     unused: set[str] = set()
-    if params.counted != "last":
-        unused.add("last")
+    params = canonical_slice(params)
     if params.optimiser != "fixed_point":
         unused.add("tolerance")
     if params.optimiser != "amsgrad":
@@ -142,8 +156,3 @@ def canonical_learning(params: Some) -> Some:
     if params.optimiser == "none" and params.orthogonality == "sequential":
         changes["orthogonality"] = "joint"
     return replace(params, **changes)
-
-
-def learning_prompts(params: Learning, *, select: int = 0, report: int = 0) -> list[OpenPrompt]:
-    """The prompts that vectors are learned from, then the first of the other splits. Raises SpecError."""
-    return load_open_prompts(params.prompts, select, report, extract=params.learn_from)
