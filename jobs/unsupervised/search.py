@@ -5,7 +5,7 @@ V vectors, N prompts, T tokens, D hidden.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from jobs.unsupervised.sphere import Surface, orthonormal
 
 Orthogonality = Literal["joint", "sequential", "soft_vectors", "soft_deltas", "none"]
 Optimiser = Literal["fixed_point", "amsgrad", "none"]
-ORTHOGONALITIES: tuple[Orthogonality, ...] = get_args(Orthogonality)
-OPTIMISERS: tuple[Optimiser, ...] = get_args(Optimiser)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
