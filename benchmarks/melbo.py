@@ -121,6 +121,9 @@ def bench_radius(
     original_seconds = few.seconds * VECTORS / ORIGINAL_VECTORS
     step_seconds = ground.seconds[0]
     return {
+        "machine": describe(),
+        "date": date.today().isoformat(),
+        "targets": targets_V.tolist(),
         "original_seconds": original_seconds,
         "batched_seconds": all_.seconds,
         "seconds_to_target": None if done is None else done.seconds,
@@ -261,13 +264,17 @@ def main(arguments: Sequence[str]) -> None:
     """Time everything, print it and write it, one R after another."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.melbo", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--radii", type=float, nargs="+", default=list(RADII))
+    parser.add_argument(
+        "--radii", type=float, nargs="+", default=list(RADII), help="what is already there of others is kept"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     replica = load_replica(ModelRef(id=options.model))
     ids = replica.encode_chat(PROMPT)
     slice_ = Slice(replica, [ids], source=SOURCE, target=TARGET)
     counted_NT = slice_.positions_NT > 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(options.out.read_text())["radii"] if options.out.is_file() else {}
     result: dict[str, Any] = {
         "machine": describe(),
         "date": date.today().isoformat(),
@@ -276,9 +283,8 @@ def main(arguments: Sequence[str]) -> None:
             torch.float32, inputs=replica.hidden_size, outputs=4 * replica.hidden_size
         ),
         "flops_a_look": 2 * VECTORS * len(ids) * (TARGET - SOURCE) * block_flops(replica),
-        "radii": {},
+        "radii": before,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     result["gradient_relative_error"] = gradient_error(replica, slice_, counted_NT, ids)
     result["costs"] = bench_costs(replica, ids)
     for radius in options.radii:
