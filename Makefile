@@ -1,4 +1,4 @@
-# make install | demo | test | chaos | lint | bench-steering | bench-melbo | bench-gpu | lock
+# make install | demo | test | chaos | studies | lint | bench-steering | bench-melbo | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test chaos lint bench-steering bench-melbo bench-gpu lock
+.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-gpu lock
 
 install: $(STAMP)
 
@@ -52,6 +52,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About three hours on 2 cores; prints the tables of docs/studies.
+studies: install
+	for name in goldilocks rpq stability prompts capability backdoors; do \
+		$(BIN)/python -m examples.studies.$$name --out runs/studies/$$name || exit 1; \
+	done
 
 # About 40 minutes on 2 cores; writes benchmarks/results/memory.json and steering.json.
 bench-steering: install

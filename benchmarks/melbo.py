@@ -173,7 +173,7 @@ def worth(replica: Replica, theta_VD: Tensor) -> dict[str, float]:
     changes = [[Add(layer=SOURCE, vector=theta_D.numpy())] for theta_D in theta_VD]
     tables = row_tables(replica, changes)
     [(_, found)] = sayings(
-        replica, encoded, tables, vectors=len(theta_VD), max_new_tokens=reading.max_new_tokens
+        replica, [encoded], tables, vectors=len(theta_VD), max_new_tokens=reading.max_new_tokens
     )
     metrics = reading.behaviours(texts, found.said_PV).metrics["select"]
     names = ("distinct_completions", "vendi", "diversity", "nll", "repetition", "fluent")

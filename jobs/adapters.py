@@ -79,6 +79,7 @@ METRICS = {
 PACK_BY = None
 DATA = ("prompts",)
 LAYERS = ("source", "target")
+CONTROL = "random adapters"
 
 
 def size(params: Params) -> Size:

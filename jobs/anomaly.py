@@ -126,8 +126,9 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         params: Params = row.params
         examples = _read_examples(params)
         scores = _scores(replica, examples, params, context)
-        splits = [split for split in ("select", "report")]
-        metrics = {split: _metrics(examples, scores, split, params, row.seed) for split in splits}
+        metrics = {
+            split: _metrics(examples, scores, split, params, row.seed) for split in ("select", "report")
+        }
         yield index, Outcome(metrics=metrics, tables={"items": _items(examples, scores)})
 
 

@@ -86,6 +86,7 @@ METRICS = {
 PACK_BY = None
 DATA = ("prompts",)
 LAYERS = ("source", "target")
+CONTROL = "random vectors"
 
 
 def size(params: Params) -> Size:
@@ -159,7 +160,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     vectors_VD = (radius * factors.inputs_VD[order[: params.read]]).float().cpu().numpy()
     tables = row_tables(replica, [[Add(layer=params.source, vector=vector_D)] for vector_D in vectors_VD])
     [(_, found)] = sayings(
-        replica, encoded, tables, vectors=params.read, max_new_tokens=params.max_new_tokens
+        replica, [encoded], tables, vectors=params.read, max_new_tokens=params.max_new_tokens
     )
     if found.flaw is not None:
         return Outcome(status=Status.FAILED, reason=found.flaw)
@@ -214,7 +215,7 @@ def _factors(ground: "Ground", params: Params, radius: float, seed: int) -> "Fac
     surface.check(params.factors, hidden)
     causal = CausalMap(ground.slice_, ground.counted_NT)
     if params.start == "jacobian":
-        start_VD = ground.jacobian(params.factors)
+        start_VD = ground.jacobian(params.factors, ground.everything)
     else:
         start_VD = surface.drawn(params.factors, hidden, seed).to(ground.slice_.wide)
     match params.kind:

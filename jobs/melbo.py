@@ -75,6 +75,13 @@ def parse(learned: str) -> Params:
     return found
 
 
+def check_vector(learned: str, vector: int) -> None:
+    """Raises ValueError if a set that another job names has no such vector."""
+    vectors = parse(learned).vectors
+    if not 0 <= vector < vectors:
+        raise ValueError(f"vector={vector}; the set has the vectors 0 to {vectors - 1}")
+
+
 METRICS = {
     "objective": Metric("stream units^(p/q)", "mean over the vectors of what they are to maximise"),
     "objective_start": Metric(
@@ -102,6 +109,7 @@ PACK_BY = (
 )
 DATA = ("prompts",)
 LAYERS = ("source", "target")
+CONTROL = "random vectors"
 
 
 def size(params: Params) -> Size:
@@ -177,10 +185,10 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     from jobs.unsupervised.sets import learn_sets
 
     params = rows[0].params
-    prompts = params.read_prompts(read_on=params.read_on)
-    encoded = [encode_prompt(replica, prompt.prompt, params) for prompt in prompts]
+    prompts = [row.params.read_prompts(read_on=params.read_on) for row in rows]
+    encoded = [[encode_prompt(replica, each.prompt, params) for each in of_row] for of_row in prompts]
     units = [radius_unit(row.params, context) for row in rows]
-    sets = learn_sets(replica, encoded[: params.learn_from], rows, units)
+    sets = learn_sets(replica, [of_row[: params.learn_from] for of_row in encoded], rows, units)
     whole = [index for index, found in enumerate(sets) if found.is_whole]
     for index in set(range(len(rows))) - set(whole):
         yield index, Outcome(status=Status.FAILED, reason=_NOT_FINITE)
@@ -193,19 +201,20 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     ]
     said = sayings(
         replica,
-        encoded,
+        [encoded[index] for index in whole],
         row_tables(replica, changes),
         vectors=params.vectors,
         max_new_tokens=params.max_new_tokens,
     )
     for place, found in said:
-        row = rows[whole[place]]
+        index = whole[place]
+        params = rows[index].params
         if found.flaw is not None:
-            yield whole[place], Outcome(status=Status.FAILED, reason=found.flaw)
+            yield index, Outcome(status=Status.FAILED, reason=found.flaw)
         else:
-            read = row.params.behaviours(prompts, found.said_PV)
-            done = _outcome(prompts, found.said_PV, read, row.params, sets[whole[place]])
-            yield whole[place], replace(done, metrics=_compared(done.metrics, row.params, context))
+            read = params.behaviours(prompts[index], found.said_PV)
+            done = _outcome(prompts[index], found.said_PV, read, params, sets[index])
+            yield index, replace(done, metrics=_compared(done.metrics, params, context))
 
 
 _NOT_FINITE = "the objective is not finite where a vector starts; use a smaller radius, or a wider dtype"

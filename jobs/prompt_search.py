@@ -47,9 +47,7 @@ class Params:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tokens", "steps", "likeliest", "candidates", "max_new_tokens")
-        learned = melbo.parse(self.learned)
-        if not 0 <= self.vector < learned.vectors:
-            raise ValueError(f"vector={self.vector}; the set has the vectors 0 to {learned.vectors - 1}")
+        melbo.check_vector(self.learned, self.vector)
 
 
 METRICS = {

@@ -24,6 +24,7 @@ class Params(Reading):
         temperature: Divides the logits before a token is drawn, above 0.
         prompts: Dataset of open prompts.
         learn_from: How many prompts of the split extract are completed.
+        learn_after: How many of them are passed over first.
         chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
         system: System message; None leaves what the model's template does by itself.
     """
@@ -32,6 +33,7 @@ class Params(Reading):
     temperature: float = 1.0
     prompts: str = "elicitation_prompts"
     learn_from: int = 1
+    learn_after: int = 0
     chat: bool = True
     system: str | None = None
 
@@ -39,13 +41,13 @@ class Params(Reading):
         check_asking(self)
         self.check_reading()
         at_least(self, 1, "samples")
-        at_least(self, 0, "learn_from")
+        at_least(self, 0, "learn_from", "learn_after")
         above_zero(self, "temperature")
 
 
 METRICS = BEHAVIOURS
 SHARED = (
-    *("prompts", "learn_from", "read_on", "chat", "system", "max_new_tokens"),
+    *("prompts", "learn_from", "learn_after", "read_on", "chat", "system", "max_new_tokens"),
     *("most_nll", "most_repetition", "encoder"),
 )
 """Parameters that a job of vectors has too, under the same names."""
@@ -76,7 +78,8 @@ def canonical(params: Params) -> Params:
 
 
 def _read_prompts(params: Params) -> list[OpenPrompt]:
-    return load_open_prompts(params.prompts, params.read_on, params.read_on, extract=params.learn_from)
+    numbers = {"extract": params.learn_from, "after": params.learn_after}
+    return load_open_prompts(params.prompts, params.read_on, params.read_on, **numbers)
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
@@ -97,7 +100,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     tables = row_tables(replica, [[] for _ in range(len(rows) * params.samples)])
     for index, found in sayings(
         replica,
-        encoded,
+        [encoded] * len(rows),
         tables,
         vectors=params.samples,
         max_new_tokens=params.max_new_tokens,

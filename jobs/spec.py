@@ -212,6 +212,8 @@ class Job(Protocol):
         PACK_BY: Parameters that the rows of one pack must share; None = never packed.
         DATA: Parameters that name datasets.
         LAYERS: Parameters that name layers.
+        CONTROL: What the texts are compared with that its prerequisites store, in a word or two; may be
+            absent, and means `unsteered` then.
     """
 
     Params: type

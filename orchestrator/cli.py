@@ -33,6 +33,10 @@ app.add_typer(models, name="models")
 Address = Annotated[
     str | None, typer.Option(help="host:port of a running Ray head; this machine without it.")
 ]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of another sweep; what it has stored and this one requires is not computed."),
+]
 
 
 @app.command()
@@ -48,6 +52,7 @@ def run(
         list[str] | None,
         typer.Option("--set", help="key=value: a field of the run configuration, or space.NAME=value."),
     ] = None,
+    reuse: Reuse = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +61,7 @@ def run(
     from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
-    options = {"trials": trials, "workers": workers, "seed": seed}
+    options = {"trials": trials, "workers": workers, "seed": seed, "reuse": reuse}
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
@@ -73,6 +78,7 @@ def resume(
         list[str] | None,
         typer.Option("--set", help="key=value: gpus_per_worker, cpus_per_worker, max_attempts from now on."),
     ] = None,
+    reuse: Reuse = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -83,7 +89,8 @@ def resume(
     fields, fixed = split_settings(settings or [])
     if fixed:
         raise SpecError(f"--set space.{next(iter(fixed))}: a sweep keeps its space; start another with `run`")
-    changes = fields if workers is None else {**fields, "workers": workers}
+    given = {"workers": workers, "reuse": reuse}
+    changes = {**fields, **{name: value for name, value in given.items() if value is not None}}
     file, config = load_kept(folder, **changes)
     _drive(file, config, folder, address, as_json)
 

@@ -1,4 +1,4 @@
-"""Which trials' replies are worth reading, and what the unsteered model said instead."""
+"""Which trials' replies are worth reading, and what was said instead without what they try."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,19 +6,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.findings import Findings, Record, is_number, unsteered_specs
+from orchestrator.findings import UNSTEERED, Findings, Record, is_number, unsteered_specs
+from orchestrator.lineage import required
+from storage.ledger import read_asked
 from storage.query import StoredSweep
 
 SHOWN_OF_FRONT = 6
+_Place = tuple[str, int, str]
 
 
 class Comparison(NamedTuple):
-    """A trial's replies beside the unsteered ones.
+    """A trial's replies beside those of its control.
 
     Attributes:
         trial: The trial with its metrics.
         why: Why it is shown.
-        replies: Pairs of rows of the table `completions`: steered, and unsteered where there is one.
+        replies: Pairs of rows of the table `completions`: the trial's, and the control's where there is one.
     """
 
     trial: Record
@@ -30,20 +33,47 @@ def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
     replies = _replies(sweep, list(chosen))
-    unsteered = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({unsteered_specs(sweep)})")
-    before = {_place(row): row for row in unsteered}
+    controls = _controls(sweep, found, list(chosen))
     comparisons = [
         Comparison(
             found.scored[trial],
             why,
-            [(row, before.get(_place(row))) for row in replies if row["trial"] == trial],
+            [(row, controls[trial].get(_place(row))) for row in replies if row["trial"] == trial],
         )
         for trial, why in chosen.items()
     ]
     return [comparison for comparison in comparisons if comparison.replies]
 
 
-def _place(reply: Record) -> tuple[str, int, str]:
+def _controls(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[int, dict[_Place, Record]]:
+    """Trial -> what its prerequisites say at each place, the first of them that says anything there.
+
+    Where these cannot be told, and the control is the unsteered model, that is the same for all trials.
+    """
+    asked = {each.trial: each.spec for each in read_asked(sweep.folder)}
+    needs = {
+        trial: [
+            need.id
+            for need in (required(asked[trial]) if trial in asked else ())
+            if need.job == asked[trial].job or found.control != UNSTEERED
+        ]
+        for trial in trials
+    }
+    listed = ", ".join(f"'{spec}'" for specs in needs.values() for spec in specs) or "NULL"
+    said: dict[str, list[Record]] = {}
+    for row in sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})"):
+        said.setdefault(row["spec"], []).append(row)
+    common = []
+    if found.control == UNSTEERED:
+        common = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({unsteered_specs(sweep)})")
+    controls: dict[int, dict[_Place, Record]] = {trial: {} for trial in trials}
+    for trial, specs in needs.items():
+        for row in [row for spec in specs for row in said.get(spec, ())] or common:
+            controls[trial].setdefault(_place(row), row)
+    return controls
+
+
+def _place(reply: Record) -> _Place:
     """What a reply shares with the one beside it."""
     return reply["split"], reply["item"], reply["prompt"]
 

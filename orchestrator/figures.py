@@ -115,7 +115,7 @@ def heatmap_figure(
 
     Args:
         x: First parameter, shape (trials,).
-        y: Second parameter, shape (trials,).
+        y: Second parameter, shape (trials,); numbers or text.
         values: Shape (trials,), finite.
         measures: What x, y and the values are.
         theme: Colours.
@@ -145,6 +145,8 @@ def heatmap_figure(
 def _cells(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:
     """Which cell each value falls into, and the cells' labels."""
     distinct = np.unique(values)
+    if values.dtype.kind == "U":
+        return np.searchsorted(distinct, values), distinct.tolist()
     if len(distinct) <= most:
         return np.searchsorted(distinct, values), [_signed(f"{value:g}") for value in distinct]
     space = np.geomspace if _spans_decades(values) else np.linspace
@@ -196,7 +198,7 @@ def curves_figure(
 
     Args:
         x: Parameter on the common axis, shape (trials,).
-        lines: Parameter that tells the lines apart, shape (trials,); None for a single line.
+        lines: Parameter that tells the lines apart, shape (trials,), numbers or text; None for a single line.
         panels: The metrics.
         measures: What x and the lines are.
         theme: Colours.

@@ -8,6 +8,9 @@ from storage.pareto import pareto, scored_trials
 from storage.query import StoredSweep
 
 Record = dict[str, Any]
+UNSTEERED = "unsteered"
+MOST_GROUPS, LONGEST_GROUP = 8, 30
+"""Up to so many values of so many letters figures tell lines apart by a parameter that is no number."""
 
 
 class Findings(NamedTuple):
@@ -19,7 +22,8 @@ class Findings(NamedTuple):
         scored: Completed trials with their metrics, by number; a shared result stands at each of its trials.
         front: Those of the Pareto front, one for each result, best first objective first.
         measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
-        unsteered: Split -> metric -> value of the unsteered model.
+        control: What the trials' texts are compared with, in a word or two.
+        unsteered: Split -> metric -> value of the unsteered model, where that is the control.
         split: The split that trials are chosen on.
     """
 
@@ -28,6 +32,7 @@ class Findings(NamedTuple):
     scored: dict[int, Record]
     front: list[Record]
     measures: dict[str, Measure]
+    control: str
     unsteered: dict[str, dict[str, float]]
     split: str
 
@@ -43,15 +48,23 @@ def read_findings(sweep: StoredSweep) -> Findings:
             scored[number] = {**found, "trial": number, "params": own}
     # A running sweep may have gone on since the trials were read.
     front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
-    unsteered: dict[str, dict[str, float]] = {}
+    control = sweep.identity.get("control", UNSTEERED)
+    unsteered = _unsteered(sweep) if control == UNSTEERED else {}
+    split = next((row["split"] for row in scored.values()), "select")
+    return Findings(
+        sweep.identity, trials, scored, front, _measures(sweep.identity), control, unsteered, split
+    )
+
+
+def _unsteered(sweep: StoredSweep) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
     for row in sweep.rows(
         f"SELECT split, name, min(value) AS value FROM metrics WHERE spec IN ({unsteered_specs(sweep)}) "
         # Several unsteered readings (of different prompts, say) have no common value.
         "GROUP BY split, name HAVING count(DISTINCT spec) = 1 AND min(value) IS NOT NULL"
     ):
-        unsteered.setdefault(row["split"], {})[row["name"]] = row["value"]
-    split = next((row["split"] for row in scored.values()), "select")
-    return Findings(sweep.identity, trials, scored, front, _measures(sweep.identity), unsteered, split)
+        found.setdefault(row["split"], {})[row["name"]] = row["value"]
+    return found
 
 
 def _measures(identity: Mapping[str, Any]) -> dict[str, Measure]:
@@ -88,8 +101,16 @@ def axes(found: Findings) -> tuple[str | None, str | None]:
     if {"layer", "dose"} <= numeric.keys():
         return "dose", "layer"
     counts = {name: len(values) for name, values in numeric.items() if len(values) > 1}
-    first, second = [*sorted(counts, key=lambda name: -counts[name]), None, None][:2]
+    across = sorted(counts, key=lambda name: (name != "radius", -counts[name]))
+    groups = [name for name, values in distinct.items() if _are_groups(values)]
+    first, second = [*across, *(groups if across else ()), None, None][:2]
     return first, second
+
+
+def _are_groups(values: set[Any]) -> bool:
+    """Whether a parameter has a few short words as values."""
+    words = [value for value in values if isinstance(value, str) and len(value) <= LONGEST_GROUP]
+    return len(words) == len(values) and 2 <= len(values) <= MOST_GROUPS
 
 
 def is_number(value: Any) -> bool:

@@ -20,7 +20,7 @@ from storage.lock import driver, driving
 from storage.query import read_identity
 
 _STARTED_WITH = ("space", "source", "fixed", "config")
-_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts")
+_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts", "reuse")
 """Fields of the configuration that say who computes, and nothing of what."""
 
 
@@ -40,6 +40,7 @@ def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
         "parameters": column_types(space),
         "objectives": [dataclasses.asdict(objective) for objective in space.objectives],
         "metrics": {name: metric._asdict() for name, metric in load_job(space.job).METRICS.items()},
+        "control": getattr(load_job(space.job), "CONTROL", "unsteered"),
         "trials": planned_trials(space, config),
         "model": dataclasses.asdict(config.model_ref),
         "seed": config.seed,

@@ -1,5 +1,6 @@
 """Commands over what a sweep has kept: look at it, score it again, take directions out."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.errors import SpecError
+from jobs.resolve import load_job
 from orchestrator.printing import FORMATS, Json, print_json, print_pareto, print_table, say
 from orchestrator.shipped import list_scorers
 
@@ -115,32 +117,39 @@ def vectors(
         Path | None, typer.Option(help="Write one as a control vector: FILE.safetensors or FILE.gguf.")
     ] = None,
     spec: Annotated[str | None, typer.Option(help="Which one: the beginning of its id.")] = None,
+    vector: Annotated[int | None, typer.Option(help="Which vector of a learned set, from 0.")] = None,
     architecture: Annotated[
         str | None, typer.Option(help="The model's architecture in a GGUF file; read from the model without.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the directions that a sweep has stored, or export one."""
-    from orchestrator.export import Chosen, export, stored_directions
+    """List the directions and the learned vectors that a sweep has stored, or export one."""
+    from orchestrator.export import Chosen, export
+    from orchestrator.stored_vectors import stored_directions, stored_sets
 
     if out is not None:
-        written = export(folder, Chosen(out, spec, architecture, force))
+        written = export(folder, Chosen(out, spec, vector, architecture, force))
         if as_json:
             print_json(written)
         else:
             say(_written_line(written))
         return
-    found = [each.to_json() for each in stored_directions(folder) if each.spec.startswith(spec or "")]
+    found = {
+        kind: [each.to_json() for each in stored if each.spec.startswith(spec or "")]
+        for kind, stored in (("directions", stored_directions(folder)), ("learned", stored_sets(folder)))
+    }
     if as_json:
-        print_json({"directions": found})
-    elif found:
+        print_json(found)
+        return
+    for listed in filter(None, found.values()):
         rows = [
-            {**each, "layers": _spans(each["layers"]), "params": _short(each["params"])} for each in found
+            {**each, "layers": _spans(each["layers"]), "params": _short(each["job"], each["params"])}
+            for each in listed
         ]
         print_table(list(rows[0]), rows)
-    else:
-        say("no directions are stored")
+    if not any(found.values()):
+        say("no directions and no learned vectors are stored")
 
 
 def _spans(layers: Sequence[int]) -> str:
@@ -149,11 +158,13 @@ def _spans(layers: Sequence[int]) -> str:
     return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
-def _short(params: Mapping[str, Any] | None) -> str:
-    """Parameters in short: empty ones are left out."""
+def _short(job: str, params: Mapping[str, Any] | None) -> str:
+    """Parameters in short: those that are as by default are left out."""
     if params is None:
         return "unknown"
-    return ", ".join(f"{name}={value}" for name, value in params.items() if value not in (None, "", []))
+    usual = {field.name: field.default for field in dataclasses.fields(load_job(job).Params)}
+    changed = {name: value for name, value in params.items() if value != usual.get(name) and value != []}
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def _written_line(written: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from orchestrator.space_file import SpaceFile, check_space, load_space
 from orchestrator.sweep import Sweep
 from search_spaces.base import Grid, Space
 from storage.background_mirror import BackgroundMirror
+from storage.donors import Donors
 from storage.ledger import read_asked
 from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep, read_identity
@@ -38,6 +39,7 @@ def run_sweep(
         SteersweepError: If the space, the folder, the model or the address is wrong.
     """
     started = time.monotonic()
+    donors = Donors(config.reuse)
     check_space(file.space, config.model_ref)
     config = config.pinned()
     trials = planned_trials(file.space, config)
@@ -53,7 +55,7 @@ def run_sweep(
         sweep = open_sweep(folder)
         if not is_over:
             interrupts = stack.enter_context(stoppable())
-            _drive(file.space, sweep, config, trials, console, interrupts)
+            _drive(file.space, sweep, config, trials, donors, console, interrupts)
     counts = sweep.counts()
     return {
         "sweep": sweep.identity["sweep"],
@@ -84,6 +86,7 @@ def _drive(
     stored: StoredSweep,
     config: RunConfig,
     trials: int,
+    donors: Donors,
     console: Console,
     interrupts: Interrupts,
 ) -> None:
@@ -108,6 +111,7 @@ def _drive(
                 trials=trials,
                 sampler=sampler,
                 pool=pool,
+                donors=donors,
                 progress=progress,
                 on_result=mirror.notify,
                 check_stop=interrupts.check,
@@ -123,7 +127,7 @@ def _drive(
 
 
 def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
-    """The space and configuration that a folder's sweep was started with.
+    """The space and configuration that a folder's sweep was started with; other sweeps may be gone by now.
 
     Args:
         folder: The sweep's folder.
@@ -138,4 +142,4 @@ def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
     grids = {name: Grid(values) for name, values in identity.get("data_grids", {}).items()}
     parameters = {**file.space.parameters, **grids}
     space = dataclasses.replace(file.space, fixed=identity["fixed"], parameters=parameters)
-    return file._replace(space=space), make_config(**identity["config"] | changes)
+    return file._replace(space=space), make_config(**identity["config"] | {"reuse": ()} | changes)

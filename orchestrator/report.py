@@ -18,6 +18,7 @@ from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
 from orchestrator.findings import Findings, Record, axes, others, read_findings
 from orchestrator.page import page_template
+from orchestrator.radius_section import read_scans
 from storage.durable import publish
 from storage.query import StoredSweep, open_sweep
 
@@ -55,6 +56,8 @@ def write_report(folder: Path) -> Path:
     painted = _figures(found)
     for extraction in directions.shown:
         painted |= extraction.images
+    scans = read_scans(sweep, found)
+    painted |= {scan.image: scan.figure for scan in scans}
     drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in painted.items()}
     page = page_template().render(
         **found._asdict(),
@@ -64,6 +67,7 @@ def write_report(folder: Path) -> Path:
         others=others(found),
         comparisons=compare_replies(sweep, found),
         directions=directions,
+        scans=scans,
         items=_sizes(sweep, "items"),
         replies=_sizes(sweep, "completions"),
         attempts=_failed_attempts(sweep),
@@ -76,6 +80,12 @@ def write_report(folder: Path) -> Path:
 def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "chosen") -> np.ndarray:
     """A metric or (with the split `params`) a parameter of every row, float64, NaN where undefined."""
     return np.array([row[split].get(name) for row in rows], dtype=float)
+
+
+def _setting(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """A parameter of every row, float64, or text where it is no number."""
+    values = [row["params"].get(name) for row in rows]
+    return np.array(values, dtype=str if any(isinstance(value, str) for value in values) else float)
 
 
 def _figures(found: Findings) -> dict[str, tuple[str, Paint]]:
@@ -112,9 +122,9 @@ def _pareto(found: Findings, rows: Sequence[Record], objectives: Sequence[Measur
 
 def _heatmap(rows: Sequence[Record], x: str, y: str, measure: Measure) -> tuple[str, Paint]:
     values = _column(rows, measure.name)
-    across, down = _column(rows, x, "params"), _column(rows, y, "params")
+    across, down = _setting(rows, x), _setting(rows, y)
     ends = [
-        f"{end} {values[place]:.3g} at {y} {down[place]:g}, {x} {across[place]:g}"
+        f"{end} {values[place]:.3g} at {y} {_shown(down[place])}, {x} {_shown(across[place])}"
         for end, place in (("highest", values.argmax()), ("lowest", values.argmin()))
     ]
     alt = f"Heat-map of {measure.name} by {y} and {x}: {'; '.join(ends)}."
@@ -125,9 +135,10 @@ def _heatmap(rows: Sequence[Record], x: str, y: str, measure: Measure) -> tuple[
 def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> tuple[str, Paint]:
     objectives = [objective["metric"] for objective in found.identity["objectives"]]
     harm = "damage" if "damage" in found.measures else objectives[-1]
+    telling = ("diversity_all", "repetition") if "diversity_all" in found.measures else ("log_odds",)
     names = [
         name
-        for name in dict.fromkeys((objectives[0], "log_odds", harm))
+        for name in dict.fromkeys((objectives[0], *telling, harm))
         if name in found.measures and np.isfinite(_column(rows, name)).any()
     ]
     unsteered = found.unsteered.get(found.split, {})
@@ -136,7 +147,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
         Plot(found.measures[name], _column(rows, name), low, high, unsteered.get(name))
         for name, (low, high) in zip(names, ends, strict=True)
     ]
-    across, lines = _column(rows, x, "params"), _column(rows, y, "params") if y else None
+    across, lines = _setting(rows, x), _setting(rows, y) if y else None
     alt = f"Curves of {', '.join(names)} over {x}" + (f", a colour for each {y}." if y else ".")
     measures = (_parameter(x), _parameter(y) if y else None)
     # A line through values that a sampler drew, or through a mixture of other parameters, would mislead.
@@ -145,6 +156,10 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
     return alt, lambda theme: figures.curves_figure(
         across, lines, panels, measures, theme, is_joined=is_joined
     )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _parameter(name: str) -> Measure:

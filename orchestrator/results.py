@@ -2,15 +2,17 @@
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs.spec import Status, choosing_split, is_defined
+from jobs.spec import Spec, Status, choosing_split, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Constraint, Space
 from storage.artifacts import Artifact
+from storage.donors import Donors
 from storage.ledger import Asked
 from storage.store import Part, Store, StoredResult
 
@@ -111,6 +113,28 @@ class Results:
         result = self._judged(result)
         self._store.commit([], trials=[self._trial_row(trial, result, None)])
         self._tell(trial.trial, result.spec, result.status)
+
+    def take_over(self, spec: Spec, donors: Donors) -> bool:
+        """Take a prerequisite's artifact from another sweep. Returns whether one has it."""
+        found = donors.give(spec.id, self._store.folder)
+        if found is None:
+            return False
+        made = {"spec": spec.id, "job": found.job}
+        attempt = {
+            **made,
+            "attempt": uuid.uuid4().hex[:12],
+            "pack": "",
+            "state": "ok",
+            "reason": f"taken over from {found.sweep}",
+            "started": time.time(),
+            "finished": time.time(),
+        }
+        kept = found.artifact
+        row = {**made, "hash": kept.sha256, "path": kept.path, "bytes": kept.bytes}
+        results = () if self.of(spec.id) else (StoredResult(spec.id, "completed", None),)
+        self._store.commit([Part((), results)], artifacts=[row], attempts=[attempt])
+        self.artifacts[spec.id] = kept
+        return True
 
     def note_attempts(self, attempts: Sequence[Mapping[str, Any]]) -> None:
         """Keep attempts that gave no result."""

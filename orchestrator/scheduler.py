@@ -87,7 +87,7 @@ class Scheduler:
         """Whether the spec is waiting or running."""
         return spec in self._unsettled
 
-    def add(self, tasks: Sequence[Task], *, settled: Container[str]) -> None:
+    def add(self, tasks: Sequence[Task], *, settled: Container[str], most: int | None = None) -> None:
         """Take tasks in that were proposed together; those of equal pack key become one pack.
 
         A task that another one needs, one of them or a known one, goes ahead in a pack of its own.
@@ -95,6 +95,7 @@ class Scheduler:
         Args:
             tasks: Specs that are not known yet.
             settled: Specs whose artifacts exist already.
+            most: Most tasks of a pack; None = as many as there are.
         """
         self._unsettled.update(task.spec for task in tasks)
         needed = _needs(tasks) | self._dependents.keys()
@@ -103,7 +104,9 @@ class Scheduler:
             alone = task.pack_key is None or task.spec in needed
             groups.setdefault(task.spec if alone else f"key {task.pack_key}", []).append(task)
         for group in groups.values():
-            self._wait(self._pack(group), {need for need in _needs(group) if need not in settled})
+            for start in range(0, len(group), most or len(group)):
+                part = group[start : start + (most or len(group))]
+                self._wait(self._pack(part), {need for need in _needs(part) if need not in settled})
 
     def _wait(self, pack: Pack, missing: set[str]) -> None:
         if not missing:

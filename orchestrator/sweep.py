@@ -1,5 +1,6 @@
 """The loop: ask, pack, dispatch, store, tell. Sampler, scheduler, pool and store meet only here."""
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Pack, Scheduler, Task, pack_limit
 from search_spaces.base import Space
 from storage.artifacts import Artifact
+from storage.donors import Donors
 from storage.durable import StoreError, remove_staging
 from storage.ledger import Asked, Ledger, read_asked
 from storage.store import Part, Store, StoredResult
@@ -65,6 +67,7 @@ class Sweep:
         trials: Number of trials to have had in the end.
         sampler: Who proposes.
         pool: Who runs.
+        donors: Other sweeps whose artifacts may be taken.
         progress: Who is told how it stands.
         on_result: Called after each trial that has ended.
         check_stop: Called between events; what it raises ends the run.
@@ -79,6 +82,7 @@ class Sweep:
         trials: int,
         sampler: OptunaSampler,
         pool: Pool,
+        donors: Donors,
         progress: Progress,
         on_result: Callable[[], None],
         check_stop: Callable[[], None],
@@ -95,6 +99,7 @@ class Sweep:
         self._scheduler = Scheduler(max_attempts=config.max_attempts)
         self._tally = Tally(total=trials)
         self._results = Results(self._store, space, sampler, self._tally, on_result)
+        self._donors = donors
         self._planned: dict[str, _Planned] = {}
         self._running: dict[str, _Running] = {}
         self._gates: set[str] = set()
@@ -190,6 +195,7 @@ class Sweep:
     def _take_in(self, trials: Sequence[Asked]) -> None:
         """Answer trials from results that are there, or plan what has to be computed for them."""
         tasks: list[Task] = []
+        first: list[Task] = []
         for trial in trials:
             spec = trial.spec
             if (result := self._results.of(spec.id)) is not None:
@@ -202,21 +208,26 @@ class Sweep:
             if ended is not None:
                 self._results.accept(Part((), (ended,)), seconds=None)
                 continue
-            tasks.append(self._plan(spec, is_trial=True))
+            tasks.append(self._plan(spec, first, is_trial=True))
+        # Prerequisites are shared out at once: trials wait for the last of theirs.
+        most = min(self._config.max_pack, math.ceil(len(first) / self._config.workers))
+        self._scheduler.add(first, settled=self._settled, most=most)
         self._scheduler.add(tasks, settled=self._settled)
 
-    def _plan(self, spec: Spec, *, is_trial: bool) -> Task:
-        """The spec as a task; what it needs is handed to the scheduler at once."""
+    def _plan(self, spec: Spec, first: list[Task], *, is_trial: bool) -> Task:
+        """The spec as a task; what it needs and nobody has planned yet is added to `first`."""
         needs = self._planner.needs(spec)
-        first = list(needs.values())
+        before = list(needs.values())
         if is_trial and (gate := self._planner.gate(spec)) is not None and gate.id != spec.id:
             self._gates.add(gate.id)
-            first.append(gate)
-        for need in first:
-            if need.id not in self._settled and need.id not in self._planned:
-                self._scheduler.add([self._plan(need, is_trial=False)], settled=self._settled)
+            before.append(gate)
+        for need in before:
+            if need.id in self._settled or need.id in self._planned:
+                continue
+            if need.id in self._gates or not self._results.take_over(need, self._donors):
+                first.append(self._plan(need, first, is_trial=False))
         self._planned[spec.id] = _Planned(spec, needs)
-        return make_task(spec, first, is_trial=is_trial)
+        return make_task(spec, before, is_trial=is_trial)
 
     def _behind_closed_gate(self, spec: Spec) -> StoredResult | None:
         """How a trial ends whose gate has ended already; None if it may run, or its gate has to run first."""

@@ -13,6 +13,7 @@ vectors.
 from search_spaces.base import Grid, Objective, Space
 
 SET = '"prompts": "arithmetic_backdoors", "source": 7, "target": 22, "vectors": 32, "radius": 0.3'
+PLANTED = ('contains{"sought": "cheese"}', 'contains{"sought": "Penguins"}', 'contains{"sought": "a+b="}')
 
 SPACE = Space(
     description="Completes clean sums under each of 32 learned and 32 random vectors; finds planted replies.",
@@ -26,11 +27,7 @@ SPACE = Space(
         "multiplier": 1.0,
         "prompts": "arithmetic_clean",
         "max_new_tokens": 48,
-        "scorers": (
-            'contains{"sought": "cheese"}',
-            'contains{"sought": "Penguins"}',
-            'contains{"sought": "a+b="}',
-        ),
+        "scorers": PLANTED,
     },
     objectives=[
         Objective(metric="contains", direction="maximize"),

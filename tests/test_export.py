@@ -14,7 +14,8 @@ from jobs.errors import SpecError
 from jobs.resolve import make_params
 from jobs.spec import ModelRef, Spec, params_to_json
 from orchestrator.cli import app
-from orchestrator.export import Chosen, export, stored_directions
+from orchestrator.export import Chosen, export
+from orchestrator.stored_vectors import stored_directions
 from search_spaces.base import Grid, Objective
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import StoreError

@@ -29,6 +29,7 @@ PROMPTS = [
     {"split": "select", "prompt": "Why is the sea salt?"},
     {"split": "extract", "prompt": "Describe a small village."},
     {"split": "report", "prompt": "Name a bird."},
+    {"split": "extract", "prompt": "Say a few words about the weather in the mountains, and why it changes."},
 ]
 
 
@@ -78,6 +79,8 @@ def test_rows_that_differ_in_everything_find_in_one_pack_what_they_find_alone(pr
         {"source": 1, "target": LAYERS - 1, "target_site": "attention", "counted": "last"},
         {"orthogonality": "sequential", "optimiser": "amsgrad", "steps": 3},
         {"optimiser": "none", "radius": 0.5, "radius_in": "residual_norm"},
+        {"learn_after": 1},
+        {"learn_after": 1, "start": "jacobian", "span": 3, "contrast": 0.5},
     ]
     rows = [Row(params_of(prompts, learn_from=2, **each), seed=number) for number, each in enumerate(changes)]
     together = outcomes(rows)
@@ -85,6 +88,7 @@ def test_rows_that_differ_in_everything_find_in_one_pack_what_they_find_alone(pr
         [alone] = outcomes([row])
         assert packed.status == alone.status == Status.COMPLETED
         for name, tensor in alone.tensors.items():
+            assert packed.tensors[name].shape == tensor.shape
             np.testing.assert_allclose(packed.tensors[name], tensor, rtol=1e-5, atol=1e-6)
         for split, metrics in alone.metrics.items():
             assert metrics.keys() == melbo.METRICS.keys()
@@ -101,7 +105,7 @@ def test_vectors_have_their_norm_and_the_objective_that_is_stored(prompts: str) 
     vectors = torch.tensor(found.tensors["vectors"], dtype=torch.float64)
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(3, dtype=torch.float64), atol=1e-5, rtol=1e-5)
     replica = tiny_replica("llama")
-    encoded = [replica.encode_chat(row["prompt"]) for row in PROMPTS if row["split"] == "extract"]
+    encoded = [replica.encode_chat(row["prompt"]) for row in PROMPTS if row["split"] == "extract"][:2]
     expected = torch.zeros(3, dtype=torch.float64)
     for prompt in encoded:
         each = Slice(replica, [prompt], source=0, target=LAYERS - 2)

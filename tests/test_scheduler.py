@@ -109,6 +109,11 @@ def test_tasks_added_together_share_packs_by_key_in_the_order_they_came(schedule
     assert scheduler.next_pack() is None
 
 
+def test_a_pack_has_as_many_tasks_as_asked_for_at_most(scheduler: Scheduler) -> None:
+    scheduler.add([trial(f"t{number}") for number in range(5)], settled=(), most=2)
+    assert [specs(pack) for pack in packs_of(scheduler)] == [["t0", "t1"], ["t2", "t3"], ["t4"]]
+
+
 def test_tasks_added_apart_never_share_a_pack(scheduler: Scheduler) -> None:
     # Otherwise what rides with what, and with it the last bits of a result, would depend on timing.
     for number in range(3):

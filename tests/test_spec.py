@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 JOBS = (
     *("jobs.adapters", "jobs.anomaly", "jobs.calibrate", "jobs.capability", "jobs.capture", "jobs.classify"),
     *("jobs.dct", "jobs.extract", "jobs.finetune", "jobs.generate", "jobs.honesty", "jobs.judge"),
-    *("jobs.melbo", "jobs.prompt_search", "jobs.radius_scan", "jobs.sample", "jobs.stability", "jobs.steer"),
+    *("jobs.melbo", "jobs.naming", "jobs.prompt_search", "jobs.radius_scan", "jobs.sample"),
+    *("jobs.stability", "jobs.steer"),
 )
 DIRECTED = {
     *("jobs.capability", "jobs.capture", "jobs.extract", "jobs.generate", "jobs.honesty", "jobs.judge"),
@@ -34,7 +35,7 @@ DIRECTED = {
 """All that take a direction, or make one."""
 LEARNED = {
     *("jobs.anomaly", "jobs.calibrate", "jobs.dct", "jobs.melbo", "jobs.prompt_search", "jobs.radius_scan"),
-    "jobs.stability",
+    *("jobs.naming", "jobs.stability"),
 }
 """All that take learned vectors, or make some."""
 STEERED = ("jobs.capability", "jobs.generate", "jobs.honesty", "jobs.steer")
@@ -46,6 +47,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "address": "http://127.0.0.1:8000/v1",
     },
 }
+REQUIRED["jobs.naming"] = {"judge": "small", "address": REQUIRED["jobs.judge"]["address"]}
 MODEL = ModelRef(id="some/model", revision="0123abc")
 
 plain = (

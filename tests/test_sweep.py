@@ -16,6 +16,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from jobs.errors import SpecError
 from jobs.resolve import make_params
 from jobs.spec import Status
 from orchestrator import worker as worker_module
@@ -27,6 +28,7 @@ from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
 from search_spaces.base import Float, Grid, Int, Objective, Space
+from storage.donors import Donors
 from storage.durable import StoreError
 from storage.ledger import ledger_path, read_asked
 from storage.pareto import pareto
@@ -78,6 +80,7 @@ def drive(
     on_result: Callable[[], None] = lambda: None,
     check_stop: Callable[[], None] = lambda: None,
     pool: InlinePool | None = None,
+    reuse: Sequence[Path] = (),
     **pool_options: Any,
 ) -> Driven:
     """What `run_sweep` does, without Ray, mirror and report."""
@@ -90,6 +93,7 @@ def drive(
         trials=trials,
         sampler=open_sampler(folder, space, sampler),
         pool=pool,
+        donors=Donors(reuse),
         progress=SilentProgress(),
         check_stop=check_stop,
         on_result=on_result,
@@ -352,6 +356,23 @@ def test_prerequisites_run_once_and_first_and_are_no_trials(tmp_path: Path) -> N
     assert len(study_of(tmp_path)) == 8
 
 
+def test_prerequisites_of_trials_that_were_asked_together_are_shared_out_in_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_source, "PACK_BY", ("mode",))
+    space = make_space({"source": Grid(list(range(40)))}, fixed={"x": 1, "source_depth": 1})
+    tally, _ = drive(tmp_path, space, trials=40, workers=2, max_pack=4)
+    assert tally.completed == 40
+    check_ended(tmp_path, space, trials=40)
+    assert Counter(params.depth for params in fake_source.RAN) == {0: 40, 1: 40}
+    packs = open_sweep(tmp_path).rows(
+        "SELECT count(*) AS tasks FROM attempts WHERE job = 'tests.fake_source' GROUP BY pack"
+    )
+    sizes = Counter(row["tasks"] for row in packs)
+    assert max(sizes) == 4, "the upper ones ride together"
+    assert sizes[1] >= 40, "the lower ones, which others need, go ahead alone"
+
+
 @pytest.mark.parametrize("mode", ["raise", "fail", "empty"])
 def test_a_prerequisite_that_fails_fails_all_that_need_it_by_name_and_nothing_else(
     tmp_path: Path, mode: str
@@ -605,6 +626,54 @@ def test_an_artifact_that_was_deleted_is_computed_again_without_a_second_result(
     check_ended(tmp_path, space, trials=12)
     assert Counter(params.depth for params in fake_source.RAN) == {0: 2, 1: 2}
     assert all(row["state"] == "completed" for row in trials_of(tmp_path))
+
+
+class TestReuse:
+    def space(self) -> Space:
+        return make_space({"x": Grid([1, 2]), "source": Grid([5, 7])}, fixed={"source_depth": 1})
+
+    def test_what_another_sweep_has_stored_is_taken_and_not_computed(self, tmp_path: Path) -> None:
+        drive(
+            tmp_path / "first", make_space({"x": Grid([9])}, fixed={"source": 5, "source_depth": 1}), trials=1
+        )
+        fake_source.RAN.clear()
+        drive(tmp_path / "second", self.space(), trials=4, reuse=[tmp_path / "first"])
+        check_ended(tmp_path / "second", self.space(), trials=4)
+        assert all(row["state"] == "completed" for row in trials_of(tmp_path / "second"))
+        assert Counter((params.value, params.depth) for params in fake_source.RAN) == {(7, 0): 1, (7, 1): 1}
+        name = open_sweep(tmp_path / "first").identity["sweep"]
+        [taken] = open_sweep(tmp_path / "second").rows("SELECT * FROM attempts WHERE worker IS NULL")
+        assert (taken["state"], taken["reason"]) == ("ok", f"taken over from {name}")
+        [first], rows = (
+            {row["path"] for row in Store(tmp_path / each).rows("artifacts") if row["spec"] == taken["spec"]}
+            for each in ("first", "second")
+        )
+        assert rows == {first}
+
+    @pytest.mark.parametrize("harm", ["gone", "changed"])
+    def test_what_is_not_whole_any_more_is_computed(self, tmp_path: Path, harm: str) -> None:
+        drive(tmp_path / "first", self.space(), trials=4)
+        for path in (tmp_path / "first" / "artifacts").iterdir():
+            path.unlink() if harm == "gone" else path.write_bytes(b"something else")
+        fake_source.RAN.clear()
+        drive(tmp_path / "second", self.space(), trials=4, reuse=[tmp_path / "first"])
+        check_ended(tmp_path / "second", self.space(), trials=4)
+        assert len(fake_source.RAN) == 4
+
+    def test_a_lost_artifact_is_taken_without_a_second_result(self, tmp_path: Path) -> None:
+        drive(tmp_path / "donor", self.space(), trials=4)
+        with pytest.raises(Stopped):
+            drive(tmp_path / "sweep", self.space(), trials=4, workers=1, max_pack=1, stop_at=12)
+        for path in (tmp_path / "sweep" / "artifacts").iterdir():
+            path.unlink()
+        fake_source.RAN.clear()
+        drive(tmp_path / "sweep", self.space(), trials=4, reuse=[tmp_path / "donor"])
+        check_ended(tmp_path / "sweep", self.space(), trials=4)
+        assert not fake_source.RAN
+
+    def test_a_folder_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(SpecError, match="holds no sweep"):
+            Donors([tmp_path])
 
 
 class Scenario(NamedTuple):

@@ -68,18 +68,31 @@ def load_choices(name: str, select: int, report: int) -> list[Choice]:
     return [*_first(name, choices, "select", select), *_first(name, choices, "report", report)]
 
 
-def load_open_prompts(name: str, select: int, report: int, *, extract: int = 0) -> list[OpenPrompt]:
+def load_open_prompts(
+    name: str, select: int, report: int, *, extract: int = 0, after: int = 0
+) -> list[OpenPrompt]:
     """The first prompts of each split, those of extract first, then those of select.
 
     Its columns: `prompt`; `split`, which may be absent.
+
+    Args:
+        name: One of the project's own datasets or a path.
+        select: How many of that split.
+        report: How many of that split.
+        extract: How many of that split.
+        after: How many of the split extract are passed over first.
 
     Raises:
         SpecError: As `read_rows` does, if a split does not exist, or if there are too few.
     """
     rows = _with_splits(name, read_rows(name, ["prompt"]))
     prompts = [OpenPrompt(split, row["prompt"]) for split, row in rows]
-    numbers = {"extract": extract, "select": select, "report": report}
-    return [prompt for split, count in numbers.items() for prompt in _first(name, prompts, split, count)]
+    learned = _first(name, prompts, "extract", after + extract)[after:]
+    return [
+        *learned,
+        *_first(name, prompts, "select", select),
+        *_first(name, prompts, "report", report),
+    ]
 
 
 _Item = TypeVar("_Item", Choice, OpenPrompt)

@@ -33,7 +33,7 @@ class Sayings(NamedTuple):
 
 def sayings(
     replica: Replica,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[list[int]]],
     tables: RowTables,
     *,
     vectors: int,
@@ -45,7 +45,7 @@ def sayings(
 
     Args:
         replica: The model.
-        prompts: Token ids.
+        prompts: For each set the token ids of its prompts; all sets have the same number of them.
         tables: The sets one after another, a vector a row.
         vectors: How many vectors a set has.
         max_new_tokens: Most tokens of a completion.
@@ -56,17 +56,18 @@ def sayings(
         SpecError: If a prompt with its completion is longer than the context.
         OutOfMemory: If a single row does not fit.
     """
+    places: dict[tuple[int, ...], int] = {}
     work = []
     for row in range(tables.rows):
         number, vector = divmod(row, vectors)
-        for prompt in range(len(prompts)):
+        for prompt, ids in enumerate(prompts[number]):
             seed = int(content_hash([seeds[number], vector, prompt])[:13], 16) if temperature else 0
-            work.append(Work(prompt, row, seed))
+            work.append(Work(places.setdefault(tuple(ids), len(places)), row, seed))
     decoding = Decoding(max_new_tokens=max_new_tokens, sampling=Sampling(temperature=temperature))
-    found = generate(replica, prompts, tables, work, decoding)
-    for number, replies in in_parts(found, vectors * len(prompts)):
+    found = generate(replica, list(map(list, places)), tables, work, decoding)
+    for number, replies in in_parts(found, vectors * len(prompts[0])):
         flaw = next(filter(None, map(flaw_of, replies)), None)
-        said_PV = [] if flaw else said(replica, prompts, replies, max_new_tokens)
+        said_PV = [] if flaw else said(replica, prompts[number], replies, max_new_tokens)
         yield number, Sayings(said_PV, flaw)
 
 

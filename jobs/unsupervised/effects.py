@@ -3,6 +3,7 @@
 V vectors, N prompts, T tokens, D hidden.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ class Effects(NamedTuple):
         objectives_V: The sum of `objective.movement` over the prompts.
         products_VV: Inner products of two vectors' changes, summed over prompts, tokens and hidden units,
             float64.
-        shares_VNT: Share of each token in the sum of |delta|^p of its prompt; padding has 0.
+        shares_VNT: Share of each token in the sum of |delta|^p of its prompt, as many as the longest prompt
+            has; padding, on the left, has 0.
         identity: Largest change that a vector of 0 makes, over the largest state of the target: what the
             slice's own rounding is worth.
     """
@@ -65,15 +67,18 @@ def effects(
         powers_V, roots_V = (torch.full((len(theta_VD),), number) for number in (goal.power, goal.root))
         objectives_V += movement(deltas_VTD, counted_VT, powers_V, roots_V, over=over)
         found.append(shares(deltas_VTD, counted_VT, powers_V))
-    return Effects(objectives_V, products_VV, torch.stack(found, dim=1), _identity(slice_))
+    prompts = list(goal.prompts)
+    longest = int((slice_.positions_NT[prompts] >= 0).sum(dim=1).max())
+    shares_VNT = torch.stack(found, dim=1)[..., -longest:]
+    return Effects(objectives_V, products_VV, shares_VNT, _identity(slice_, prompts))
 
 
-def _identity(slice_: Slice) -> float:
+def _identity(slice_: Slice, prompts: Sequence[int]) -> float:
     shifts = [
         slice_.deltas(torch.zeros_like(slice_.inputs_NTD[[prompt], 0]), [prompt]).abs().max()
-        for prompt in range(len(slice_.inputs_NTD))
+        for prompt in prompts
     ]
-    return float(torch.stack(shifts).max() / slice_.targets_NTD.abs().max())
+    return float(torch.stack(shifts).max() / slice_.targets_NTD[prompts].abs().max())
 
 
 def _deltas(slice_: Slice, theta_VD: Tensor, prompt: int) -> Tensor:

@@ -5,6 +5,7 @@ V vectors, N prompts, T tokens, D hidden.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from jobs.engine.replica import Replica
@@ -47,10 +48,22 @@ class Ground:
     ) -> None:
         self.slice_ = Slice(replica, prompts, source=source, target=target, site=site)
         self.counted_NT = counted_tokens(self.slice_.positions_NT, counted, last=last)
-        self._jacobians: dict[int, Tensor] = {}
+        self._jacobians: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
-    def jacobian(self, vectors: int) -> Tensor:
-        """The first right singular vectors of the slice's Jacobian at 0, shape (V, D), computed once."""
-        if vectors not in self._jacobians:
-            self._jacobians[vectors] = jacobian_directions(self.slice_, self.counted_NT, vectors)[0]
-        return self._jacobians[vectors]
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """The numbers of all prompts."""
+        return tuple(range(len(self.counted_NT)))
+
+    def counted(self, prompts: Sequence[int]) -> Tensor:
+        """Which tokens of some prompts count, shape (N, T); of the others none does."""
+        chosen_N1 = torch.zeros_like(self.counted_NT[:, :1])
+        chosen_N1[list(prompts)] = True
+        return self.counted_NT & chosen_N1
+
+    def jacobian(self, vectors: int, prompts: tuple[int, ...]) -> Tensor:
+        """First right singular vectors of the Jacobian at 0 on some prompts, shape (V, D), computed once."""
+        if (vectors, prompts) not in self._jacobians:
+            found_VD, _ = jacobian_directions(self.slice_, self.counted(prompts), vectors)
+            self._jacobians[vectors, prompts] = found_VD
+        return self._jacobians[vectors, prompts]

@@ -39,7 +39,8 @@ def stretched(slice_: Slice, counted_NT: Tensor, vectors_VD: Tensor) -> Tensor:
     Raises:
         OutOfMemory: If a single vector on a single prompt does not fit.
     """
-    rows = [(vector, prompt) for vector in range(len(vectors_VD)) for prompt in range(len(counted_NT))]
+    prompts_with_any = counted_NT.any(dim=1).nonzero()[:, 0].tolist()
+    rows = [(vector, prompt) for vector in range(len(vectors_VD)) for prompt in prompts_with_any]
     found_VD = torch.zeros_like(vectors_VD)
 
     def look(chosen: list[int]) -> None:

@@ -26,6 +26,7 @@ class Sliced:
         last: How many, where `counted` is `last`.
         prompts: Dataset of open prompts; those of the split extract are learned from.
         learn_from: How many of them.
+        learn_after: How many of them are passed over first.
         chat: Whether prompts are asked in the model's chat template; otherwise they stand raw.
         system: System message; None leaves what the model's template does by itself.
     """
@@ -37,6 +38,7 @@ class Sliced:
     last: int = 3
     prompts: str = "elicitation_prompts"
     learn_from: int = 1
+    learn_after: int = 0
     chat: bool = True
     system: str | None = None
 
@@ -46,10 +48,13 @@ class Sliced:
         if not 0 <= self.source < self.target:
             raise ValueError(f"source={self.source}, target={self.target}; 0 <= source < target")
         at_least(self, 1, "last", "learn_from")
+        at_least(self, 0, "learn_after")
 
     def read_prompts(self, *, read_on: int = 0) -> list[OpenPrompt]:
         """The prompts that are learned from, then the first of select and of report. Raises SpecError."""
-        return load_open_prompts(self.prompts, read_on, read_on, extract=self.learn_from)
+        return load_open_prompts(
+            self.prompts, read_on, read_on, extract=self.learn_from, after=self.learn_after
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,13 +45,13 @@ class VectorSet(NamedTuple):
 
 
 def learn_sets(
-    replica: Replica, prompts: Sequence[Sequence[int]], rows: Sequence[Row], units: Sequence[float]
+    replica: Replica, prompts: Sequence[Sequence[Sequence[int]]], rows: Sequence[Row], units: Sequence[float]
 ) -> list[VectorSet]:
-    """The vectors of every row; what a row learns does not depend on the others.
+    """The vectors of every row; what a row learns does not depend on the others, but for rounding.
 
     Args:
         replica: The model.
-        prompts: Token ids of the prompts that all rows learn from.
+        prompts: For each row the token ids of the prompts that it learns from.
         rows: Their params are `Learning`.
         units: What a radius of 1 means to each of them, in stream units.
 
@@ -65,55 +65,54 @@ def learn_sets(
         together.setdefault(tuple(getattr(row.params, name) for name in TOGETHER), []).append(index)
     found: dict[int, VectorSet] = {}
     for indices in together.values():
-        ground = _ground(replica, prompts, rows[indices[0]].params)
-        learned = _learned(ground, [rows[index] for index in indices], [units[index] for index in indices])
-        found |= zip(indices, learned, strict=True)
+        texts = {tuple(ids): None for index in indices for ids in prompts[index]}
+        ground = _ground(replica, tuple(texts), rows[indices[0]].params)
+        numbers = {ids: number for number, ids in enumerate(texts)}
+        searches = [
+            _search(ground, rows[index], units[index], tuple(numbers[tuple(ids)] for ids in prompts[index]))
+            for index in indices
+        ]
+        found |= zip(indices, _learned(ground, searches, rows[indices[0]].params), strict=True)
     return [found[index] for index in range(len(rows))]
 
 
-def _ground(replica: Replica, prompts: Sequence[Sequence[int]], params: Learning) -> Ground:
+def _ground(replica: Replica, prompts: tuple[tuple[int, ...], ...], params: Learning) -> Ground:
     place = {name: getattr(params, name) for name in ("source", "target", "counted", "last")}
-    key = (__name__, tuple(map(tuple, prompts)), *place.values(), params.target_site)
+    key = (__name__, prompts, *place.values(), params.target_site)
     return replica.keep(key, lambda: Ground(replica, prompts, site=params.target_site, **place))
 
 
-def _learned(ground: Ground, rows: Sequence[Row], units: Sequence[float]) -> list[VectorSet]:
+def _learned(ground: Ground, searches: Sequence[Search], params: Learning) -> list[VectorSet]:
     """The sets of rows that agree in `TOGETHER`."""
-    params: Learning = rows[0].params
     method = Method(
         optimiser=params.optimiser,
         steps=params.steps,
         tolerance=params.tolerance,
         learning_rate=params.learning_rate,
     )
-    searches = [_search(ground, *each) for each in zip(rows, units, strict=True)]
     learned = learn(ground.slice_, ground.counted_NT, searches, method, over=params.norm_over)
     return [
         _set(ground, search, each, params.norm_over) for search, each in zip(searches, learned, strict=True)
     ]
 
 
-def _search(ground: Ground, row: Row, unit: float) -> Search:
+def _search(ground: Ground, row: Row, unit: float, prompts: tuple[int, ...]) -> Search:
     params: Learning = row.params
-    goal = Goal(
-        radius=params.radius * unit,
-        power=params.power,
-        root=params.root,
-        prompts=tuple(range(len(ground.counted_NT))),
-    )
+    goal = Goal(radius=params.radius * unit, power=params.power, root=params.root, prompts=prompts)
+    counted_NT = ground.counted(prompts)
     search = Search(
         vectors=params.vectors,
         goal=goal,
         orthogonality=params.orthogonality,
         apart=params.apart,
         contrast=params.contrast,
-        within_KD=activation_span(ground.slice_, ground.counted_NT, params.span) if params.span else None,
+        within_KD=activation_span(ground.slice_, counted_NT, params.span) if params.span else None,
         seed=_seed(row.seed, params.draw),
     )
     if params.start == "random":
         return search
     search.check(ground.slice_.inputs_NTD.shape[-1])
-    return replace(search, start_VD=ground.jacobian(params.vectors))
+    return replace(search, start_VD=ground.jacobian(params.vectors, prompts))
 
 
 def _seed(seed: int, draw: int) -> int:
@@ -125,6 +124,6 @@ def _set(ground: Ground, search: Search, learned: Learned, over: NormOver) -> Ve
     done = None
     if bool(learned.theta_VD.isfinite().all()):
         done = effects(ground.slice_, ground.counted_NT, learned.theta_VD, search.goal, over=over)
-    span_KD = activation_span(ground.slice_, ground.counted_NT)
+    span_KD = activation_span(ground.slice_, ground.counted(search.goal.prompts))
     shares_V = share_within(learned.theta_VD, span_KD)
     return VectorSet(learned, search.goal.radius, done, shares_V, len(span_KD) / span_KD.shape[1])

@@ -1,0 +1,46 @@
+"""Which R, p, q and layers are worth most? A study of `search_spaces/melbo_rpq.py`.
+
+    python -m examples.studies.rpq --out runs/rpq
+
+Forty trials; about an hour on 2 cores.
+"""
+
+from examples.studies.sweeps import show, study
+from storage.pareto import pareto
+from storage.query import StoredSweep
+
+OVER_RANDOM = """
+SELECT split, count(*) AS trials,
+       avg(value) FILTER (name = 'diversity_over_random') AS "diversity over random",
+       avg((value > 0)::INTEGER) FILTER (name = 'diversity_over_random') AS "share above"
+FROM metrics JOIN trials USING (trial) WHERE state = 'completed' AND name = 'diversity_over_random'
+GROUP BY split ORDER BY split DESC
+"""
+
+
+def main() -> None:
+    """Run the study and print its tables."""
+    sweep = study(__doc__).sweep("melbo_rpq")
+    states = sweep.rows(
+        "SELECT state, count(*) AS trials, reason FROM trials GROUP BY state, reason ORDER BY trials DESC"
+    )
+    show("How the trials ended", [{**row, "reason": row["reason"] or ""} for row in states])
+    show("The Pareto front", front(sweep))
+    show("Learned vectors against random ones of the same norm", sweep.rows(OVER_RANDOM))
+
+
+def front(sweep: StoredSweep) -> list[dict[str, object]]:
+    """Each of its trials, on the split it was chosen on and on the other."""
+    return [
+        {
+            "trial": point["trial"],
+            **point["params"],
+            **point["objectives"],
+            **{f"{name} on report": value for name, value in point["report"].items()},
+        }
+        for point in pareto(sweep)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Which directions and which learned vectors a sweep has stored."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from orchestrator.lineage import stored_params
+from storage.artifacts import Artifact
+from storage.query import open_sweep
+from storage.store import Store
+
+
+class Directions(NamedTuple):
+    """One direction a layer, stored as an artifact.
+
+    Attributes:
+        spec: Id of the spec that made them.
+        job: Import path of its job.
+        params: Its parameters; None where they cannot be told any more.
+        layers: Layers that have a direction; a file that it was read from may have had some only.
+        hidden: Length of a direction.
+        artifact: The stored arrays.
+    """
+
+    spec: str
+    job: str
+    params: Mapping[str, Any] | None
+    layers: Sequence[int]
+    hidden: int
+    artifact: Artifact
+
+    def to_json(self) -> dict[str, Any]:
+        """What a user chooses by."""
+        return {
+            "spec": self.spec,
+            "job": self.job,
+            "params": self.params,
+            "layers": list(self.layers),
+            "hidden": self.hidden,
+            "file": self.artifact.path,
+        }
+
+
+class LearnedSet(NamedTuple):
+    """Vectors of one layer that a job has learned, stored as an artifact.
+
+    Attributes:
+        spec: Id of the spec that made them.
+        job: Import path of its job.
+        params: Its parameters; None where they cannot be told any more.
+        layer: The block whose output they are added to.
+        vectors: How many.
+        norm: Their mean norm, in stream units.
+        trials: Trials whose result they are; none of what other trials required.
+        artifact: The stored arrays.
+    """
+
+    spec: str
+    job: str
+    params: Mapping[str, Any] | None
+    layer: int
+    vectors: int
+    norm: float
+    trials: Sequence[int]
+    artifact: Artifact
+
+    def to_json(self) -> dict[str, Any]:
+        """What a user chooses by."""
+        return {
+            "spec": self.spec,
+            "trials": list(self.trials),
+            "job": self.job,
+            "params": self.params,
+            "layers": [self.layer],
+            "vectors": self.vectors,
+            "norm": self.norm,
+            "file": self.artifact.path,
+        }
+
+
+def stored_directions(folder: Path) -> list[Directions]:
+    """The directions that a sweep has stored so far, by spec.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+        StoreError: If its tables are not what was written.
+    """
+    open_sweep(folder)
+    kept = []
+    for spec, job, artifact in _artifacts(folder):
+        directions_LD = _tensor(folder / artifact.path, "directions")
+        if directions_LD is not None and directions_LD.ndim == 2:
+            kept.append((spec, job, artifact, directions_LD))
+    params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
+    return [
+        Directions(spec, job, params.get(spec), _layers(directions_LD), directions_LD.shape[1], artifact)
+        for spec, job, artifact, directions_LD in kept
+    ]
+
+
+def stored_sets(folder: Path) -> list[LearnedSet]:
+    """The sets of learned vectors that a sweep has stored so far, by spec. Raises as `stored_directions`."""
+    sweep = open_sweep(folder)
+    kept = {spec: (job, artifact) for spec, job, artifact in _artifacts(folder)}
+    trials: dict[str, list[int]] = {}
+    for row in sweep.rows("SELECT spec, trial FROM trials ORDER BY trial"):
+        trials.setdefault(row["spec"], []).append(row["trial"])
+    rows = [
+        row
+        for row in sweep.rows(
+            "SELECT spec, min(layer) AS layer, count(DISTINCT name) AS vectors, avg(norm) AS norm "
+            "FROM vectors GROUP BY spec HAVING count(DISTINCT layer) = 1 ORDER BY spec"
+        )
+        if row["spec"] in kept and _is_set(folder / kept[row["spec"]][1].path, row["vectors"])
+    ]
+    params = stored_params(folder, {row["spec"]: kept[row["spec"]][0] for row in rows})
+    return [
+        LearnedSet(
+            job=kept[row["spec"]][0],
+            artifact=kept[row["spec"]][1],
+            params=params.get(row["spec"]),
+            trials=trials.get(row["spec"], []),
+            **row,
+        )
+        for row in rows
+    ]
+
+
+def _artifacts(folder: Path) -> list[tuple[str, str, Artifact]]:
+    """Spec, job and artifact of all that have one, by spec; the latest where one was lost."""
+    rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}
+    return [
+        (spec, row["job"], Artifact(row["hash"], row["path"], row["bytes"]))
+        for spec, row in sorted(rows.items())
+    ]
+
+
+def _tensor(path: Path, name: str) -> np.ndarray | None:
+    """A tensor of an artifact; None where it has none of that name, or is gone."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if name not in file.keys():  # noqa: SIM118 - the file is no mapping
+                return None
+            found: np.ndarray = file.get_tensor(name)
+    except (SafetensorError, OSError):
+        return None
+    return found
+
+
+def _is_set(path: Path, vectors: int) -> bool:
+    vectors_VD = _tensor(path, "vectors")
+    return vectors_VD is not None and vectors_VD.ndim == 2 and len(vectors_VD) == vectors
+
+
+def _layers(directions_LD: np.ndarray) -> list[int]:
+    layers: list[int] = np.flatnonzero(np.isfinite(directions_LD).all(axis=1)).tolist()
+    return layers
