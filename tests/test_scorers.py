@@ -572,3 +572,20 @@ class TestSummary:
             assert math.isnan(found.mean_of_all)
             assert found.items == items
         assert summarise([UNPARSED]).mean_of_all == 0
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [("some/encoder@abc12", ("some/encoder", "abc12")), ("some/encoder", ("some/encoder", None))],
+)
+def test_an_encoder_from_elsewhere_may_be_pinned(
+    monkeypatch: pytest.MonkeyPatch, encoder: str, expected: tuple[str, str | None]
+) -> None:
+    asked = []
+
+    def make(name: str, *, device: str, revision: str | None) -> None:
+        asked.append((name, revision))
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", make)
+    similarity._load.__wrapped__(encoder)
+    assert asked == [expected]

@@ -5,6 +5,7 @@ The cosines are pure numpy; the encoder is loaded on the first text. N texts, M 
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,8 @@ def embed(texts: Sequence[str], encoder: str) -> np.ndarray:
 
     Args:
         texts: Any texts; half surrogate pairs are read as question marks.
-        encoder: A name that `steersweep models add` knows, a folder, or a Hugging Face id.
+        encoder: A name that `steersweep models add` knows, a folder, or a Hugging Face id with an optional
+            `@revision`.
 
     Raises:
         ModelError: If there is no such encoder on this machine, or sentence-transformers is absent.
@@ -64,8 +66,9 @@ def _load(encoder: str) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ModelError("an encoder needs the package sentence-transformers; run `make install`") from error
+    name, _, revision = (encoder, "", "") if Path(encoder).is_dir() else encoder.partition("@")
     try:
-        return SentenceTransformer(encoder, device="cpu")
+        return SentenceTransformer(name, device="cpu", revision=revision or None)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the encoder {encoder!r}: {error}") from error
 
