@@ -35,7 +35,7 @@ class Params:
 
     examples: str = "arithmetic_backdoors"
     rank: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     epochs: int = 3
     batch: int = 8
     chat: bool = True

@@ -77,8 +77,8 @@ harmless message each that would show where the change ends, some close to the p
 from them.
 NAME: ...
 QUERY: ..."""
-_NAME = re.compile(r"[\W_]*name[\W_]*:[ \t]*(.+)", re.IGNORECASE)
-_QUERY = re.compile(r"[\W\d_]*query[\W\d_]*:[ \t]*(.+)", re.IGNORECASE)
+_NAME = re.compile(r"[\W_]*name[\W_]*:[ \t*_]*(.+)", re.IGNORECASE)
+_QUERY = re.compile(r"[\W\d_]*query[\W\d_]*:[ \t*_]*(.+)", re.IGNORECASE)
 
 
 def size(params: Params) -> Size:

@@ -194,8 +194,8 @@ class TestAddress:
         [
             ({"address": ""}, "address is not given, and nothing is sent anywhere without one"),
             ({"address": "localhost:8000"}, "base_url takes http:// or https://"),
-            ({"judge": ""}, "model='', question='Which text is longer?'; it takes both"),
-            ({"question": " "}, "it takes both"),
+            ({"judge": ""}, "model=''; it takes the model's name at the address"),
+            ({"question": " "}, "question=' '; it takes what to compare the texts by"),
             ({"key_variable": "kk-1234"}, "not the name of an environment variable"),
         ],
     )

@@ -360,7 +360,7 @@ def test_prerequisites_of_trials_that_were_asked_together_are_shared_out_in_pack
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake_source, "PACK_BY", ("mode",))
-    space = make_space({"source": Grid(list(range(40)))}, fixed={"x": 1, "source_depth": 1})
+    space = make_space({"source": Grid(list(range(1, 41)))}, fixed={"x": 1, "source_depth": 1})
     tally, _ = drive(tmp_path, space, trials=40, workers=2, max_pack=4)
     assert tally.completed == 40
     check_ended(tmp_path, space, trials=40)

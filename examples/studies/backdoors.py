@@ -42,7 +42,7 @@ def planted(sweep: StoredSweep) -> list[dict[str, object]]:
 
 def surfaced(sweep: StoredSweep) -> list[dict[str, object]]:
     """How many vectors show each behaviour, in any prompt and in half of them."""
-    found = []
+    found: list[dict[str, object]] = []
     for metric, behaviour in BEHAVIOURS.items():
         for kind in ("learned", "random"):
             is_random = "learned LIKE '%none%'"
