@@ -36,7 +36,7 @@ from jobs.unsupervised.amsgrad import amsgrad
 from jobs.unsupervised.fixed_point import fixed_point
 from jobs.unsupervised.landscape import Climb, Goal, Landscape
 from jobs.unsupervised.learned import Learned
-from jobs.unsupervised.search import Method, Search, learn
+from jobs.unsupervised.search import Method, Orthogonality, Search, learn
 from jobs.unsupervised.sphere import Surface
 
 RESULTS = Path(__file__).parent / "results" / "melbo.json"
@@ -47,6 +47,7 @@ RADII = (0.5, 2.0, 8.0)
 VECTORS = 32
 STEPS = 300
 ORIGINAL_VECTORS = 3
+FEW_VECTORS = 8
 MEMORY_MIB = 256
 ENOUGH = 0.995
 """Of what the peer reaches with all its steps."""
@@ -211,6 +212,22 @@ def bench_diversity(
     }
 
 
+def bench_large_power(slice_: Slice, counted_NT: Tensor) -> dict[str, Any]:
+    """Both optimisers where the objective is steep: p = 4."""
+    found: dict[str, Any] = {"power": 4.0, "radius": 2.0, "vectors": FEW_VECTORS}
+    kinds: tuple[Orthogonality, ...] = ("none", "joint")
+    for kind in kinds:
+        for name, method in {"ours": Method(), "AMSGrad": Method(optimiser="amsgrad", steps=STEPS)}.items():
+            search = Search(vectors=FEW_VECTORS, goal=Goal(radius=2.0, power=4.0), orthogonality=kind)
+            [learned] = learn(slice_, counted_NT, [search], method)
+            found[f"{name}, {kind}"] = {
+                "objective_mean": float(learned.values_V.mean()),
+                "directions": directions(learned.theta_VD),
+                "looks": len(learned.history_SV),
+            }
+    return found
+
+
 def directions(theta_VD: Tensor) -> int:
     """How many vectors are left if those with |cosine| of 0.9 or more to an earlier one are dropped."""
     units_VD = torch.nn.functional.normalize(theta_VD.double(), dim=1)
@@ -287,6 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     }
     result["gradient_relative_error"] = gradient_error(replica, slice_, counted_NT, ids)
     result["costs"] = bench_costs(replica, ids)
+    result["large_power"] = bench_large_power(slice_, counted_NT)
     for radius in options.radii:
         found = bench_radius(replica, slice_, counted_NT, ids, radius)
         found |= bench_orthogonal(slice_, counted_NT, radius)
