@@ -20,6 +20,7 @@ class Tally:
     Attributes:
         total: Trials that the sweep will have had in the end.
         running: Trials on a worker.
+        preparing: Jobs on a worker that trials wait for, in words.
         completed: Trials with a result.
         infeasible: Trials that a constraint refused.
         failed: Trials that failed.
@@ -30,6 +31,7 @@ class Tally:
 
     total: int
     running: int = 0
+    preparing: str = ""
     completed: int = 0
     infeasible: int = 0
     failed: int = 0
@@ -105,6 +107,8 @@ def describe(tally: Tally, rate: float | None) -> str:
     The time left waits for a pack to end: the first rows come late, and then many at once.
     """
     parts = [f"{tally.done}/{tally.total} done", f"{tally.running} running", f"{tally.failed} failed"]
+    if tally.preparing:
+        parts.append(f"preparing: {tally.preparing}")
     if tally.infeasible:
         parts.append(f"{tally.infeasible} infeasible")
     if tally.workers_ready == 0:

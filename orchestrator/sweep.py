@@ -128,9 +128,10 @@ class Sweep:
         return self._tally
 
     def _show(self) -> None:
-        on_workers = [task.spec for run in self._running.values() for task in run.pack.tasks]
+        on_workers = [task for run in self._running.values() for task in run.pack.tasks]
         self._tally.workers_ready = len(self._loaded)
-        self._tally.running = sum(len(self._results.waiting(spec)) for spec in on_workers)
+        self._tally.running = sum(len(self._results.waiting(task.spec)) for task in on_workers)
+        self._tally.preparing = ", ".join(sorted({task.job for task in on_workers if not task.is_trial}))
         self._progress.update(self._tally)
 
     def _take_up(self) -> None:

@@ -600,6 +600,9 @@ def test_the_time_left_is_told_when_a_pack_of_trials_has_ended(tmp_path: Path) -
     assert driven.tally.packs_ended == jobs.count("tests.fake_job") - 1 == len(jobs) - 2
     early = Tally(total=4, completed=1, workers_ready=1)
     assert describe(early, rate=0.5).endswith("| 30.0 trials/min")
+    assert "| preparing: jobs.finetune |" in describe(
+        dataclasses.replace(early, preparing="jobs.finetune"), rate=0.5
+    )
     assert describe(dataclasses.replace(early, packs_ended=1), rate=0.5).endswith("| ETA 0:06")
 
 
