@@ -92,10 +92,11 @@ def size(params: Params) -> Size:
 
 def requires(params: Params) -> Sequence[Requirement]:
     """Random adapters of the same size, if they are asked for."""
-    return [_random(params)] if params.compare and params.optimiser != "none" else []
+    return [control(params)] if params.compare and params.optimiser != "none" else []
 
 
-def _random(params: Params) -> Requirement:
+def control(params: Params) -> Requirement:
+    """Random adapters."""
     return Requirement(job=__name__, params=canonical(replace(params, optimiser="none")))
 
 
@@ -221,7 +222,7 @@ def _outcome(
         "objective_start": float(start_K.double().mean()),
         "spread": float(learned.spread_KN.double().mean()),
     }
-    random = context.artifact(_random(params)) if requires(params) else None
+    random = context.artifact(control(params)) if requires(params) else None
     metrics = {}
     for split, means in read.metrics.items():
         of = [number for number, prompt in enumerate(prompts) if prompt.split == split]

@@ -99,10 +99,11 @@ def size(params: Params) -> Size:
 
 def requires(params: Params) -> Sequence[Requirement]:
     """The unit of the radius; random vectors of the same norm, if they are asked for."""
-    return [*unit_of(params), *([_random(params)] if params.compare else [])]
+    return [*unit_of(params), *([control(params)] if params.compare else [])]
 
 
-def _random(params: Params) -> Requirement:
+def control(params: Params) -> Requirement:
+    """Random vectors, as many as are read, of the same norm."""
     same = (
         *(each.name for each in (*fields(Sliced), *fields(Reading))),
         *("radius", "radius_in"),
@@ -170,7 +171,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
         "radius": radius,
         "top_score": float(scores_V[order[0]]),
     }
-    random = context.artifact(_random(params)) if params.compare else None
+    random = context.artifact(control(params)) if params.compare else None
     tensors = {
         "inputs": factors.inputs_VD[order],
         "outputs": factors.outputs_VD[order],

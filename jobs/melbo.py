@@ -151,6 +151,11 @@ def _sampled(params: Params) -> list[Requirement]:
     ]
 
 
+def control(params: Params) -> Requirement | None:
+    """Random vectors of the set's own norm, if they are read."""
+    return random_of(params) if params.compare and not params.is_random else None
+
+
 def check(params: Params) -> None:
     """The prompts can be read. Raises SpecError if not."""
     params.read_prompts(read_on=params.read_on)

@@ -63,6 +63,7 @@ METRICS = {
 PACK_BY = None
 DATA: tuple[str, ...] = ()
 LAYERS: tuple[str, ...] = ()
+CONTROL = ""
 
 TEMPLATE = """\
 One vector was added inside of a language model. Below are prompts, each with the model's usual reply and \
@@ -96,6 +97,10 @@ def check(params: Params) -> None:
     """The judge has an address and a name, and the prompts can be read. Raises SpecError; sends nothing."""
     _chat(params)
     melbo.check(melbo.parse(params.learned))
+
+
+def control(params: Params) -> None:
+    """Its texts stand beside each other already."""
 
 
 def canonical(params: Params) -> Params:
@@ -155,12 +160,17 @@ def _run(replica: "Replica", params: Params, context: Context) -> Outcome:
     vector_D = context.artifact(requires(params)[0])["vectors"][params.vector]
     known = [each.prompt for each in learned.read_prompts(read_on=learned.read_on) if each.split != "report"]
     seen = _replies(replica, known, vector_D, params)
+    if isinstance(seen, str):
+        return Outcome(status=Status.FAILED, reason=seen)
     [answer] = ask(_chat(params), [message(seen, params.queries)])
     named = parse_named(answer.reply or "", params.queries)
     if not named.name:
         said = answer.error if answer.reply is None else answer.reply[:200]
         return Outcome(status=Status.FAILED, reason=f"the judge gave no name; it said {said!r}")
-    return _outcome(named, seen, _replies(replica, named.queries, vector_D, params), params)
+    tried = _replies(replica, named.queries, vector_D, params)
+    if isinstance(tried, str):
+        return Outcome(status=Status.FAILED, reason=tried)
+    return _outcome(named, seen, tried, params)
 
 
 def message(seen: Sequence[Both], queries: int) -> str:
@@ -182,10 +192,14 @@ def parse_named(reply: str, queries: int) -> Named:
     return Named(names[0] if names else "", [query for query in asked if query][:queries])
 
 
-def _replies(replica: "Replica", prompts: Sequence[str], vector_D: np.ndarray, params: Params) -> list[Both]:
+def _replies(
+    replica: "Replica", prompts: Sequence[str], vector_D: np.ndarray, params: Params
+) -> list[Both] | str:
+    """What is said to each prompt without and with the vector, or why that cannot be trusted."""
     from jobs.engine.decoding import Decoding, Work, generate
     from jobs.engine.interventions import Add
     from jobs.engine.tables import row_tables
+    from jobs.reading.completions import flaw_of
 
     learned = melbo.parse(params.learned)
     tables = row_tables(replica, [[], [Add(layer=learned.source, vector=vector_D)]])
@@ -193,6 +207,8 @@ def _replies(replica: "Replica", prompts: Sequence[str], vector_D: np.ndarray, p
     work = [Work(prompt, row) for prompt in range(len(prompts)) for row in range(2)]
     decoding = Decoding(max_new_tokens=params.max_new_tokens)
     found = dict(generate(replica, encoded, tables, work, decoding)) if work else {}
+    if flaw := next(filter(None, map(flaw_of, found.values())), None):
+        return flaw
     texts = [replica.decode(found[number].tokens) for number in range(len(work))]
     return [Both(*each) for each in zip(prompts, texts[::2], texts[1::2], strict=True)]
 

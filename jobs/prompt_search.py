@@ -13,7 +13,7 @@ import numpy as np
 from jobs import melbo
 from jobs.asking import encode_prompt
 from jobs.checks import at_least
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -60,6 +60,7 @@ METRICS = {
 PACK_BY = None
 DATA: tuple[str, ...] = ()
 LAYERS: tuple[str, ...] = ()
+CONTROL = ""
 
 
 def size(params: Params) -> Size:
@@ -75,6 +76,10 @@ def requires(params: Params) -> Sequence[Requirement]:
 def check(params: Params) -> None:
     """The prompts of the set can be read. Raises SpecError if not."""
     melbo.check(melbo.parse(params.learned))
+
+
+def control(params: Params) -> None:
+    """Its texts stand beside each other already."""
 
 
 def canonical(params: Params) -> Params:
@@ -122,6 +127,8 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     )
     text = replica.decode(found.tokens)
     replies = _replies(replica, [*before, *after], [*before, *found.tokens, *after], vector_D, params)
+    if isinstance(replies, str):
+        return Outcome(status=Status.FAILED, reason=replies)
     return _outcome(replica, [prompt, prompt, prompt + text], replies, (before, found), params)
 
 
@@ -137,15 +144,19 @@ def _around(replica: "Replica", prompt: str, learned: melbo.Params) -> tuple[lis
 
 def _replies(
     replica: "Replica", bare: list[int], extended: list[int], vector_D: np.ndarray, params: Params
-) -> list[list[int]]:
+) -> list[list[int]] | str:
+    """Tokens of the three replies, or why they cannot be trusted."""
     from jobs.engine.decoding import Decoding, Work, generate
     from jobs.engine.interventions import Add
     from jobs.engine.tables import row_tables
+    from jobs.reading.completions import flaw_of
 
     tables = row_tables(replica, [[], [Add(layer=melbo.parse(params.learned).source, vector=vector_D)]])
     work = [Work(0, 0), Work(0, 1), Work(1, 0)]
     decoding = Decoding(max_new_tokens=params.max_new_tokens)
     found = dict(generate(replica, [bare, extended], tables, work, decoding))
+    if flaw := next(filter(None, map(flaw_of, found.values())), None):
+        return flaw
     return [found[number].tokens for number in range(len(work))]
 
 

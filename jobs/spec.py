@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+UNSTEERED = "unsteered"
+"""What texts are compared with unless their job says otherwise."""
 SPLITS = ("extract", "select", "report")
 """Prompts that directions come from, that configurations are chosen on, that winners are read on."""
 
@@ -212,8 +214,9 @@ class Job(Protocol):
         PACK_BY: Parameters that the rows of one pack must share; None = never packed.
         DATA: Parameters that name datasets.
         LAYERS: Parameters that name layers.
-        CONTROL: What the texts are compared with that its prerequisites store, in a word or two; may be
-            absent, and means `unsteered` then.
+        CONTROL: What its texts are compared with, in a word or two, if not with the unsteered model's; empty
+            if with nothing. A job that has one also has `control(params)`, the requirement whose texts those
+            are, or None. Both may be absent.
     """
 
     Params: type

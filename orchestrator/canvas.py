@@ -1,7 +1,7 @@
 """What the report's figures share: colours, typography, axes, PNG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -47,6 +47,10 @@ class Measure(NamedTuple):
         if self.direction == "maximize":
             return f"{text}   better →"
         return f"← better   {text}" if self.direction == "minimize" else text
+
+
+Paint = Callable[[Theme], Figure]
+"""Draws a figure in a theme's colours."""
 
 
 def to_png(figure: Figure) -> bytes:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -61,13 +62,13 @@ def run(
     from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
-    options = {"trials": trials, "workers": workers, "seed": seed, "reuse": reuse}
+    options = {"trials": trials, "workers": workers, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
     settled = with_fixed(file.space, fixed, Path.cwd())
     file = file._replace(space=with_absolute_data(settled, (file.path.parent, Path.cwd())))
-    _drive(file, config, out, address, as_json)
+    _drive(file, config, out, reuse or (), address, as_json)
 
 
 @app.command()
@@ -89,19 +90,24 @@ def resume(
     fields, fixed = split_settings(settings or [])
     if fixed:
         raise SpecError(f"--set space.{next(iter(fixed))}: a sweep keeps its space; start another with `run`")
-    given = {"workers": workers, "reuse": reuse}
-    changes = {**fields, **{name: value for name, value in given.items() if value is not None}}
+    changes = fields if workers is None else {**fields, "workers": workers}
     file, config = load_kept(folder, **changes)
-    _drive(file, config, folder, address, as_json)
+    _drive(file, config, folder, reuse or (), address, as_json)
 
 
 def _drive(
-    file: "SpaceFile", config: "RunConfig", folder: Path, address: str | None, as_json: bool
+    file: "SpaceFile",
+    config: "RunConfig",
+    folder: Path,
+    reuse: Sequence[Path],
+    address: str | None,
+    as_json: bool,
 ) -> NoReturn:
     from orchestrator.launch import run_sweep
 
     try:
-        summary = run_sweep(file, folder, config, address=address, console=Console(stderr=True))
+        console = Console(stderr=True)
+        summary = run_sweep(file, folder, config, reuse=reuse, address=address, console=console)
     except KeyboardInterrupt:
         sys.stderr.write(f"steersweep: stopped; `steersweep resume {folder}` goes on from here\n")
         raise

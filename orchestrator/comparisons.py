@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.findings import UNSTEERED, Findings, Record, is_number, unsteered_specs
-from orchestrator.lineage import required
+from jobs.spec import UNSTEERED
+from orchestrator.findings import Findings, Record, is_number, unsteered_specs
+from orchestrator.lineage import control_of
 from storage.ledger import read_asked
 from storage.query import StoredSweep
 
@@ -46,31 +47,23 @@ def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
 
 
 def _controls(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[int, dict[_Place, Record]]:
-    """Trial -> what its prerequisites say at each place, the first of them that says anything there.
+    """Trial -> what is said at each place by its control.
 
-    Where these cannot be told, and the control is the unsteered model, that is the same for all trials.
+    Where the job names no control of a trial's own, that is the unsteered model, the same for all trials.
     """
-    asked = {each.trial: each.spec for each in read_asked(sweep.folder)}
-    needs = {
-        trial: [
-            need.id
-            for need in (required(asked[trial]) if trial in asked else ())
-            if need.job == asked[trial].job or found.control != UNSTEERED
-        ]
-        for trial in trials
-    }
-    listed = ", ".join(f"'{spec}'" for specs in needs.values() for spec in specs) or "NULL"
-    said: dict[str, list[Record]] = {}
-    for row in sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})"):
-        said.setdefault(row["spec"], []).append(row)
-    common = []
+    if not found.control:
+        return {trial: {} for trial in trials}
     if found.control == UNSTEERED:
-        common = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({unsteered_specs(sweep)})")
-    controls: dict[int, dict[_Place, Record]] = {trial: {} for trial in trials}
-    for trial, specs in needs.items():
-        for row in [row for spec in specs for row in said.get(spec, ())] or common:
-            controls[trial].setdefault(_place(row), row)
-    return controls
+        listed = unsteered_specs(sweep)
+        said = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})")
+        places = {_place(row): row for row in said}
+        return {trial: places for trial in trials}
+    specs = {asked.trial: asked.spec for asked in read_asked(sweep.folder)}
+    return {trial: _said_by(sweep, control_of(specs[trial])) for trial in trials}
+
+
+def _said_by(sweep: StoredSweep, spec: str | None) -> dict[_Place, Record]:
+    return {_place(row): row for row in sweep.rows(f"SELECT * FROM completions WHERE spec = '{spec}'")}
 
 
 def _place(reply: Record) -> _Place:

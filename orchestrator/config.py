@@ -35,7 +35,6 @@ class RunConfig(BaseModel):
             on its GPUs once the weights are there, and on a CPU 4 GiB, or a sixth of the machine's if less.
         max_pack: Most trials of one pack.
         max_attempts: Tries at a pack whose worker dies; the last one is alone.
-        reuse: Folders of other sweeps; a prerequisite that one of them has stored is copied, not computed.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
     """
 
@@ -55,7 +54,6 @@ class RunConfig(BaseModel):
     memory_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)
-    reuse: tuple[str, ...] = ()
     mlflow: str | None = None
 
     @field_validator("model")
@@ -64,11 +62,6 @@ class RunConfig(BaseModel):
         """A folder means the same from wherever the sweep is resumed."""
         is_folder = value not in catalog.ENTRIES and Path(value).expanduser().is_dir()
         return str(Path(value).expanduser().resolve()) if is_folder else value
-
-    @field_validator("reuse")
-    @classmethod
-    def _absolute_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Path(folder).expanduser().resolve()) for folder in value)
 
     @field_validator("tuned")
     @classmethod

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from orchestrator import direction_figures as figures
-from orchestrator.canvas import Figure, Theme
+from orchestrator.canvas import Paint
 from storage.artifacts import Artifact, read_artifact
 from storage.durable import StoreError
 from storage.query import StoredSweep
@@ -18,8 +18,6 @@ MOST_SHOWN = 3
 LENS_LAYERS = 3
 """How many of the best layers have their tokens listed."""
 _JOB = "jobs.extract"
-
-Paint = Callable[[Theme], Figure]
 
 
 class LensRow(NamedTuple):

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jobs.spec import UNSTEERED
 from orchestrator.canvas import Measure
 from storage.pareto import pareto, scored_trials
 from storage.query import StoredSweep
 
 Record = dict[str, Any]
-UNSTEERED = "unsteered"
 MOST_GROUPS, LONGEST_GROUP = 8, 30
 """Up to so many values of so many letters figures tell lines apart by a parameter that is no number."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.errors import SpecError
 from jobs.resolve import load_job
+from jobs.spec import UNSTEERED
 from orchestrator.config import RunConfig
 from orchestrator.planning import planned_trials
 from orchestrator.provenance import provenance
@@ -20,7 +21,7 @@ from storage.lock import driver, driving
 from storage.query import read_identity
 
 _STARTED_WITH = ("space", "source", "fixed", "config")
-_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts", "reuse")
+_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts")
 """Fields of the configuration that say who computes, and nothing of what."""
 
 
@@ -40,7 +41,7 @@ def identify(file: SpaceFile, config: RunConfig) -> dict[str, Any]:
         "parameters": column_types(space),
         "objectives": [dataclasses.asdict(objective) for objective in space.objectives],
         "metrics": {name: metric._asdict() for name, metric in load_job(space.job).METRICS.items()},
-        "control": getattr(load_job(space.job), "CONTROL", "unsteered"),
+        "control": getattr(load_job(space.job), "CONTROL", UNSTEERED),
         "trials": planned_trials(space, config),
         "model": dataclasses.asdict(config.model_ref),
         "seed": config.seed,

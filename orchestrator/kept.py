@@ -128,6 +128,8 @@ def vectors(
     from orchestrator.export import Chosen, export
     from orchestrator.stored_vectors import stored_directions, stored_sets
 
+    if out is None and vector is not None:
+        raise SpecError(f"--vector {vector}: give --out FILE, the file that it is written to")
     if out is not None:
         written = export(folder, Chosen(out, spec, vector, architecture, force))
         if as_json:
@@ -162,8 +164,13 @@ def _short(job: str, params: Mapping[str, Any] | None) -> str:
     """Parameters in short: those that are as by default are left out."""
     if params is None:
         return "unknown"
-    usual = {field.name: field.default for field in dataclasses.fields(load_job(job).Params)}
-    changed = {name: value for name, value in params.items() if value != usual.get(name) and value != []}
+    try:
+        fields = dataclasses.fields(load_job(job).Params)
+    except SpecError:  # the job is gone
+        fields = ()
+    usual = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+    changed = {name: value for name, value in params.items() if name not in plain or value != plain[name]}
     return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,23 @@ from storage.query import StoredSweep, open_sweep, read_identity
 
 
 def run_sweep(
-    file: SpaceFile, folder: Path, config: RunConfig, *, address: str | None, console: Console
+    file: SpaceFile,
+    folder: Path,
+    config: RunConfig,
+    *,
+    reuse: Sequence[Path],
+    address: str | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Run a sweep in its folder, from the beginning or from where it was left.
+
+    Args:
+        file: What to try.
+        folder: The sweep's folder.
+        config: How to run it.
+        reuse: Folders of other sweeps, whose artifacts are taken where this one requires the same work.
+        address: Of a running Ray head; None starts one.
+        console: For progress.
 
     Returns:
         sweep, trials, completed, infeasible, failed, seconds and pareto; reasons, one row for each distinct
@@ -39,13 +54,13 @@ def run_sweep(
         SteersweepError: If the space, the folder, the model or the address is wrong.
     """
     started = time.monotonic()
-    donors = Donors(config.reuse)
     check_space(file.space, config.model_ref)
     config = config.pinned()
     trials = planned_trials(file.space, config)
     folder = folder.resolve()
     check_free(folder, file, config)
     is_over = _is_over(folder, trials)
+    donors = Donors(() if is_over else reuse)
     if not is_over:
         check_unchanged(Planner(file.space, config), read_asked(folder))
     with ExitStack() as stack:
@@ -127,7 +142,7 @@ def _drive(
 
 
 def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
-    """The space and configuration that a folder's sweep was started with; other sweeps may be gone by now.
+    """The space and configuration that a folder's sweep was started with.
 
     Args:
         folder: The sweep's folder.
@@ -142,4 +157,4 @@ def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
     grids = {name: Grid(values) for name, values in identity.get("data_grids", {}).items()}
     parameters = {**file.space.parameters, **grids}
     space = dataclasses.replace(file.space, fixed=identity["fixed"], parameters=parameters)
-    return file._replace(space=space), make_config(**identity["config"] | {"reuse": ()} | changes)
+    return file._replace(space=space), make_config(**identity["config"] | changes)

@@ -5,40 +5,47 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import SpecError
-from jobs.resolve import make_params, make_spec, prerequisites
-from jobs.spec import Requirement, Spec
+from jobs.resolve import load_job, make_params, make_spec, prerequisites
+from jobs.spec import ModelRef, Requirement, Spec
 from storage.ledger import read_asked
 
 
-def required(spec: Spec) -> list[Spec]:
-    """The specs whose artifacts a spec takes, in its job's order; what cannot be told any more is left out.
-
-    A spec's id changes with the code of its job: after a change these are no longer the ids that are stored.
-    """
+def control_of(spec: Spec) -> str | None:
+    """Id of the spec whose texts a trial's are compared with; None where its job names none."""
     try:
-        wanted = Requirement(job=spec.job, params=make_params(spec.job, spec.params))
-        needs = prerequisites(wanted, spec.model)
-    except SpecError:  # another version of the job wrote it
-        return []
-    found = []
-    for need, model in needs:
-        try:
-            found.append(make_spec(need, model=model, seed=spec.seed))
-        except SpecError:  # a dataset is gone
-            continue
-    return found
+        named = getattr(load_job(spec.job), "control", lambda params: None)
+        need = named(make_params(spec.job, spec.params))
+        return None if need is None else make_spec(need, model=spec.model, seed=spec.seed).id
+    except SpecError:  # another version of the job wrote it, or a dataset is gone
+        return None
 
 
 def everything_required(folder: Path) -> Iterator[Spec]:
-    """What the trials of a sweep and their requirements require, each once."""
+    """What the trials of a sweep and their requirements require, each once.
+
+    What cannot be told any more is left out. A spec's id changes with the code of its job: after a change
+    these are no longer the ids that are stored.
+    """
     waiting = [asked.spec for asked in read_asked(folder)]
-    seen: set[str] = set()
+    seen: set[tuple[str, ModelRef, int]] = set()
     while waiting:
-        for need in required(waiting.pop()):
-            if need.id not in seen:
-                seen.add(need.id)
-                waiting.append(need)
-                yield need
+        spec = waiting.pop()
+        for need, model in _needs(spec):
+            if (need.key, model, spec.seed) in seen:
+                continue
+            seen.add((need.key, model, spec.seed))
+            try:
+                waiting.append(make_spec(need, model=model, seed=spec.seed))
+            except SpecError:  # a dataset is gone
+                continue
+            yield waiting[-1]
+
+
+def _needs(spec: Spec) -> list[tuple[Requirement, ModelRef]]:
+    try:
+        return prerequisites(Requirement(job=spec.job, params=make_params(spec.job, spec.params)), spec.model)
+    except SpecError:  # another version of the job wrote it
+        return []
 
 
 def stored_params(folder: Path, jobs: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

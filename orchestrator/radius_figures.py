@@ -29,7 +29,7 @@ def radius_figure(
     radii: np.ndarray,
     panels: Mapping[str, Sequence[Line]],
     best: tuple[float, float, float],
-    cusp: tuple[float, float, float],
+    cusp: float,
     unit: str,
     theme: Theme,
 ) -> Figure:
@@ -39,7 +39,7 @@ def radius_figure(
         radii: The norms, rising, above 0.
         panels: Metric -> its lines.
         best: The norm of highest diversity up to the cusp, and the ends of its interval.
-        cusp: The norm of highest diversity of all completions, and the ends of its interval.
+        cusp: The norm of highest diversity of all completions.
         unit: Of the norms.
         theme: Colours.
     """
@@ -53,7 +53,7 @@ def radius_figure(
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.axvspan(best[1], best[2], color=theme.accent, alpha=0.12, lw=0)
         axes.axvline(best[0], color=theme.accent, lw=1.2, label="best R, with its interval")
-        axes.axvline(cusp[0], color=theme.ink, lw=1.2, ls=(0, (1, 2)), label="cusp")
+        axes.axvline(cusp, color=theme.ink, lw=1.2, ls=(0, (1, 2)), label="cusp")
         for line in lines:
             axes.plot(
                 radii,

@@ -1,13 +1,13 @@
 """The report's part on norms of learned vectors: what a set says at each, and which is best."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jobs.errors import SpecError
 from jobs.resolve import parse_use
-from orchestrator.canvas import Figure, Theme
+from orchestrator.canvas import Paint
 from orchestrator.findings import Findings, Record
 from orchestrator.radius_figures import Line, radius_figure
 from storage.ledger import read_asked
@@ -16,8 +16,6 @@ from storage.query import StoredSweep
 MOST_SHOWN = 4
 METRICS = ("diversity", "diversity_all", "nll", "repetition")
 _JOB = "jobs.radius_scan"
-
-Paint = Callable[[Theme], Figure]
 
 
 class Scan(NamedTuple):
@@ -64,14 +62,13 @@ def _scan(sweep: StoredSweep, trial: Record, params: Mapping[str, Any]) -> Scan:
         for name in METRICS
     }
     named = trial["chosen"]
-    best, cusp = (
-        tuple(named[f"{name}{end}"] for end in ("", "_low", "_high")) for name in ("best_radius", "cusp")
-    )
+    best = tuple(named[f"best_radius{end}"] for end in ("", "_low", "_high"))
+    cusp = named["cusp"]
     unit = _unit(params["learned"])
     alt = (
         f"Curves of {', '.join(METRICS)} over the norm R, of learned and of random vectors, on the splits "
         f"select and report. Marked: the best norm {best[0]:g}, from {best[1]:g} to {best[2]:g}, and the "
-        f"cusp {cusp[0]:g}."
+        f"cusp {cusp:g}."
     )
     return Scan(
         trial,

@@ -5,14 +5,14 @@ Reads what is stored, at any state of the sweep; decides nothing.
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from orchestrator import figures
-from orchestrator.canvas import DARK, LIGHT, Figure, Measure, Theme, to_png
+from orchestrator.canvas import DARK, LIGHT, Measure, Paint, to_png
 from orchestrator.comparisons import compare_replies
 from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
@@ -25,8 +25,6 @@ from storage.query import StoredSweep, open_sweep
 _CSS_PIXELS_AN_INCH = 96
 UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
 """Units of the parameters that mean the same in every job."""
-
-Paint = Callable[[Theme], Figure]
 
 
 class Image(NamedTuple):

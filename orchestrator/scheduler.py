@@ -104,8 +104,9 @@ class Scheduler:
             alone = task.pack_key is None or task.spec in needed
             groups.setdefault(task.spec if alone else f"key {task.pack_key}", []).append(task)
         for group in groups.values():
-            for start in range(0, len(group), most or len(group)):
-                part = group[start : start + (most or len(group))]
+            size = most or len(group)
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
                 self._wait(self._pack(part), {need for need in _needs(part) if need not in settled})
 
     def _wait(self, pack: Pack, missing: set[str]) -> None:

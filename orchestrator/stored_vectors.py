@@ -104,29 +104,26 @@ def stored_directions(folder: Path) -> list[Directions]:
 def stored_sets(folder: Path) -> list[LearnedSet]:
     """The sets of learned vectors that a sweep has stored so far, by spec. Raises as `stored_directions`."""
     sweep = open_sweep(folder)
-    kept = {spec: (job, artifact) for spec, job, artifact in _artifacts(folder)}
     trials: dict[str, list[int]] = {}
     for row in sweep.rows("SELECT spec, trial FROM trials ORDER BY trial"):
         trials.setdefault(row["spec"], []).append(row["trial"])
-    rows = [
-        row
-        for row in sweep.rows(
-            "SELECT spec, min(layer) AS layer, count(DISTINCT name) AS vectors, avg(norm) AS norm "
-            "FROM vectors GROUP BY spec HAVING count(DISTINCT layer) = 1 ORDER BY spec"
-        )
-        if row["spec"] in kept and _is_set(folder / kept[row["spec"]][1].path, row["vectors"])
-    ]
-    params = stored_params(folder, {row["spec"]: kept[row["spec"]][0] for row in rows})
-    return [
-        LearnedSet(
-            job=kept[row["spec"]][0],
-            artifact=kept[row["spec"]][1],
-            params=params.get(row["spec"]),
-            trials=trials.get(row["spec"], []),
-            **row,
-        )
-        for row in rows
-    ]
+    rows = sweep.rows("SELECT spec, min(layer) AS layer FROM vectors GROUP BY spec")
+    layers = {row["spec"]: row["layer"] for row in rows}
+    kept = []
+    for spec, job, artifact in _artifacts(folder):
+        vectors_VD = _tensor(folder / artifact.path, "vectors")
+        if vectors_VD is not None and vectors_VD.ndim == 2:
+            kept.append((spec, job, artifact, vectors_VD))
+    params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
+    found = []
+    for spec, job, artifact, vectors_VD in kept:
+        # What was taken over from another sweep has no rows in `vectors`.
+        layer = layers.get(spec, (params.get(spec) or {}).get("source"))
+        if layer is not None:
+            norm = float(np.linalg.norm(vectors_VD, axis=1).mean())
+            told = (spec, job, params.get(spec), layer, len(vectors_VD), norm)
+            found.append(LearnedSet(*told, trials.get(spec, []), artifact))
+    return found
 
 
 def _artifacts(folder: Path) -> list[tuple[str, str, Artifact]]:
@@ -148,11 +145,6 @@ def _tensor(path: Path, name: str) -> np.ndarray | None:
     except (SafetensorError, OSError):
         return None
     return found
-
-
-def _is_set(path: Path, vectors: int) -> bool:
-    vectors_VD = _tensor(path, "vectors")
-    return vectors_VD is not None and vectors_VD.ndim == 2 and len(vectors_VD) == vectors
 
 
 def _layers(directions_LD: np.ndarray) -> list[int]:

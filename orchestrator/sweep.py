@@ -211,8 +211,9 @@ class Sweep:
                 continue
             tasks.append(self._plan(spec, first, is_trial=True))
         # Prerequisites are shared out at once: trials wait for the last of theirs.
-        most = min(self._config.max_pack, math.ceil(len(first) / self._config.workers))
-        self._scheduler.add(first, settled=self._settled, most=most)
+        if first:
+            share = math.ceil(len(first) / self._config.workers)
+            self._scheduler.add(first, settled=self._settled, most=min(self._config.max_pack, share))
         self._scheduler.add(tasks, settled=self._settled)
 
     def _plan(self, spec: Spec, first: list[Task], *, is_trial: bool) -> Task:
@@ -225,7 +226,9 @@ class Sweep:
         for need in before:
             if need.id in self._settled or need.id in self._planned:
                 continue
-            if need.id in self._gates or not self._results.take_over(need, self._donors):
+            # Of its own job a sweep needs metrics and texts too, which an artifact does not hold.
+            is_own = need.job == spec.job
+            if is_own or not self._results.take_over(need, self._donors):
                 first.append(self._plan(need, first, is_trial=False))
         self._planned[spec.id] = _Planned(spec, needs)
         return make_task(spec, before, is_trial=is_trial)

@@ -37,7 +37,15 @@ def write_artifact(folder: Path, tensors: Mapping[str, np.ndarray]) -> Artifact:
 
 
 def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
-    """The arrays of an artifact, read-only.
+    """The arrays of an artifact, read-only. Raises as `artifact_bytes` does."""
+    arrays = load_safetensors(artifact_bytes(folder, artifact))
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+def artifact_bytes(folder: Path, artifact: Artifact) -> bytes:
+    """The content of an artifact's file.
 
     Raises:
         StoreError: If the file is absent or its content is not what was stored.
@@ -48,7 +56,4 @@ def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != artifact.sha256:
         raise StoreError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")
-    arrays = load_safetensors(content)
-    for array in arrays.values():
-        array.flags.writeable = False
-    return arrays
+    return content

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.artifacts import Artifact, read_artifact
+from storage.artifacts import Artifact, artifact_bytes
 from storage.durable import StoreError, publish
 from storage.query import open_sweep
 from storage.store import Store
@@ -23,20 +23,22 @@ class Donors:
     """Other sweeps, read once.
 
     Args:
-        folders: Those of the sweeps; the first that has an artifact gives it.
+        folders: Those of the sweeps; the first that has an artifact whole gives it.
 
     Raises:
         SpecError: If a folder holds no sweep.
         StoreError: If its tables are not what was written.
     """
 
-    def __init__(self, folders: Iterable[str | Path]) -> None:
-        self._donated: dict[str, Donated] = {}
-        for folder in map(Path, folders):
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._donated: dict[str, list[Donated]] = {}
+        for folder in folders:
             name = open_sweep(folder).identity["sweep"]
-            for row in Store(folder).rows("artifacts"):
-                found = Donated(name, row["job"], folder, Artifact(row["hash"], row["path"], row["bytes"]))
-                self._donated.setdefault(row["spec"], found)
+            # The latest of a spec, if one was lost.
+            rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}
+            for spec, row in rows.items():
+                artifact = Artifact(row["hash"], row["path"], row["bytes"])
+                self._donated.setdefault(spec, []).append(Donated(name, row["job"], folder, artifact))
 
     def give(self, spec: str, folder: Path) -> Donated | None:
         """Copy a spec's artifact into a sweep's folder.
@@ -48,14 +50,11 @@ class Donors:
         Returns:
             What was copied; None if no sweep has it whole.
         """
-        found = self._donated.get(spec)
-        if found is None:
-            return None
-        try:
-            read_artifact(found.folder, found.artifact)  # checks the hash
-        except StoreError:
-            return None
-        path = folder / found.artifact.path
-        if not path.exists():
-            publish(path, (found.folder / found.artifact.path).read_bytes())
-        return found
+        for found in self._donated.get(spec, ()):
+            try:
+                content = artifact_bytes(found.folder, found.artifact)
+            except (StoreError, OSError):
+                continue
+            publish(folder / found.artifact.path, content)
+            return found
+        return None

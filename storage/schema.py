@@ -51,7 +51,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _SPEC,
         Column("job", "text", "", "import path of the job"),
         Column("state", "text", "", "ok, failed, lost or oom"),
-        Column("reason", "text", "", "why it is not ok"),
+        Column("reason", "text", "", "why it is not ok, or which sweep it was taken over from"),
         Column("worker", "text", "", "name of the worker"),
         Column("host", "text", "", "machine of the worker"),
         Column("started", "real", "s since 1970", "when the worker took the pack"),

@@ -199,9 +199,13 @@ def ray_head() -> Iterator[str]:
     head.wait()
 
 
-def test_a_sweep_runs_on_a_cluster_that_is_there_already(
+def test_a_sweep_runs_on_a_cluster_that_is_there_already_with_what_another_has_stored(
     finished: dict[str, Any], place: Path, ray_head: str
 ) -> None:
-    done = steersweep(*run_arguments(place, "cluster"), "--address", ray_head)
+    done = steersweep(*run_arguments(place, "cluster"), "--address", ray_head, "--reuse", place / "finished")
     assert done.returncode == 0, done.stderr
     assert results(place / "cluster") == results(place / "finished")
+    taken = open_sweep(place / "cluster").rows(
+        "SELECT job FROM attempts WHERE reason LIKE 'taken over from %'"
+    )
+    assert taken == [{"job": "jobs.extract"}]

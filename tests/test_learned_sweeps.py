@@ -13,7 +13,7 @@ from jobs.reading import behaviours
 from orchestrator.comparisons import compare_replies
 from orchestrator.export import Chosen, export
 from orchestrator.findings import axes, others, read_findings
-from orchestrator.lineage import required
+from orchestrator.lineage import control_of
 from orchestrator.report import write_report
 from orchestrator.stored_vectors import stored_sets
 from search_spaces.base import Grid, Objective
@@ -21,6 +21,7 @@ from storage.artifacts import read_artifact
 from storage.ledger import read_asked
 from storage.query import open_sweep
 from tests.models import HIDDEN, LAYERS, tiny_replica
+from tests.test_export import arrays, store
 from tests.test_sweep import drive, make_space
 
 PROMPTS = [
@@ -106,6 +107,11 @@ class TestStoredSets:
         np.testing.assert_array_equal(file.directions[0], stored[2])
         assert file.metadata["method"].endswith("vector 2")
 
+    def test_directions_have_no_vectors_by_number(self, tmp_path: Path) -> None:
+        kept = store(tmp_path / "sweep", **arrays())
+        with pytest.raises(SpecError, match="one direction a layer"):
+            export(kept, Chosen(tmp_path / "v.safetensors", vector=0))
+
     @pytest.mark.parametrize(("vector", "said"), [(None, "no --vector"), (3, "--vector 3"), (-1, "0 to 2")])
     def test_a_vector_that_is_not_there_is_refused(
         self, learned: Path, tmp_path: Path, vector: int | None, said: str
@@ -138,7 +144,7 @@ class TestReport:
                 continue
             for reply, control in each.replies:
                 assert control is not None
-                assert control["spec"] in [need.id for need in required(specs[each.trial["trial"]])]
+                assert control["spec"] == control_of(specs[each.trial["trial"]])
                 assert radii[control["spec"]] == each.trial["params"]["radius"]
                 assert (control["item"], control["prompt"]) == (reply["item"], reply["prompt"])
                 tried += 1

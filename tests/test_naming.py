@@ -13,8 +13,8 @@ from jobs.errors import SpecError
 from jobs.naming import Both, message, parse_named
 from jobs.resolve import make_params
 from jobs.scoring import similarity
-from jobs.spec import Outcome, Status
-from tests.models import LAYERS, Artifacts, tiny_replica
+from jobs.spec import Outcome, Requirement, Status
+from tests.models import HIDDEN, LAYERS, Artifacts, tiny_replica
 from tests.test_judge import Asked, Reply, Serve, no_proxy, says, serve
 from tests.test_vector_jobs import PROMPTS, small_encoder
 
@@ -38,12 +38,13 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-def run(prompts: str, address: str, *, radius: float = 8.0, **changes: Any) -> Outcome:
+def run(
+    prompts: str, address: str, *, radius: float = 8.0, context: Artifacts | None = None, **changes: Any
+) -> Outcome:
     learned = f"jobs.melbo{json.dumps({**SET, 'prompts': prompts, 'radius': radius})}"
     values = {"learned": learned, "address": address, "judge": "small", "queries": 2, "max_new_tokens": 4}
-    [found] = Artifacts(tiny_replica("llama")).run(
-        "jobs.naming", [make_params("jobs.naming", values | changes)]
-    )
+    params = make_params("jobs.naming", values | changes)
+    [found] = (context or Artifacts(tiny_replica("llama"))).run("jobs.naming", [params])
     return found
 
 
@@ -91,6 +92,17 @@ def test_the_shift_is_the_distance_of_the_two_replies(prompts: str, serve: Serve
 def test_a_vector_that_does_nothing_shifts_nothing(prompts: str, serve: Serve) -> None:
     found = run(prompts, serve(lambda asked: says(NAMED)).base_url, radius=1e-6)
     assert found.metrics["extract"]["shift"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_vector_that_makes_numbers_overflow_fails_the_row(prompts: str, serve: Serve) -> None:
+    class Huge(Artifacts):
+        def artifact(self, requirement: Requirement) -> dict[str, np.ndarray]:
+            return {"vectors": np.full((2, HIDDEN), 1e38, dtype=np.float32)}
+
+    found = run(prompts, serve(lambda asked: says(NAMED)).base_url, context=Huge(tiny_replica("gpt2")))
+    assert found.status == Status.FAILED
+    assert found.reason is not None
+    assert "finite" in found.reason
 
 
 @pytest.mark.parametrize("reply", [says("I cannot say."), says("NAME:   "), Reply(400, b"no")])

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -28,6 +29,7 @@ from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
 from search_spaces.base import Float, Grid, Int, Objective, Space
+from storage.artifacts import read_artifact, write_artifact
 from storage.donors import Donors
 from storage.durable import StoreError
 from storage.ledger import ledger_path, read_asked
@@ -673,6 +675,40 @@ class TestReuse:
         drive(tmp_path / "sweep", self.space(), trials=4, reuse=[tmp_path / "donor"])
         check_ended(tmp_path / "sweep", self.space(), trials=4)
         assert not fake_source.RAN
+
+    def test_what_the_sweeps_own_job_makes_is_computed_with_its_metrics(self, tmp_path: Path) -> None:
+        space = make_space(
+            {"depth": Grid([1, 0])},
+            job="tests.fake_source",
+            fixed={"value": 3},
+            objectives=(Objective(metric="value", direction="maximize"),),
+        )
+        drive(tmp_path / "donor", space, trials=2)
+        drive(tmp_path / "sweep", space, trials=2, reuse=[tmp_path / "donor"])
+        assert [row["state"] for row in trials_of(tmp_path / "sweep")] == ["completed", "completed"]
+
+    def test_another_donor_is_asked_where_the_first_has_lost_it(self, tmp_path: Path) -> None:
+        for name in ("first", "second"):
+            drive(tmp_path / name, self.space(), trials=4)
+        for path in (tmp_path / "first" / "artifacts").iterdir():
+            path.unlink()
+        fake_source.RAN.clear()
+        drive(tmp_path / "sweep", self.space(), trials=4, reuse=[tmp_path / "first", tmp_path / "second"])
+        check_ended(tmp_path / "sweep", self.space(), trials=4)
+        assert not fake_source.RAN
+
+    def test_the_latest_artifact_of_a_donor_is_taken(self, tmp_path: Path) -> None:
+        drive(tmp_path / "donor", self.space(), trials=4)
+        store = Store(tmp_path / "donor")
+        row = store.rows("artifacts")[0]
+        (tmp_path / "donor" / row["path"]).unlink()
+        made_again = write_artifact(tmp_path / "donor", {"value": np.array([1.5])})
+        again = {"hash": made_again.sha256, "path": made_again.path, "bytes": made_again.bytes}
+        store.commit([], artifacts=[{**row, **again}])
+        (tmp_path / "taker").mkdir()
+        found = Donors([tmp_path / "donor"]).give(row["spec"], tmp_path / "taker")
+        assert found is not None
+        assert read_artifact(tmp_path / "taker", found.artifact)["value"] == [1.5]
 
     def test_a_folder_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="holds no sweep"):

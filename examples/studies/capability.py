@@ -54,7 +54,7 @@ class Answers(NamedTuple):
         """Of the table."""
         return {
             "vectors": vectors,
-            "vector": self.vector if gain else "",
+            "vector": "" if vectors == "none" else self.vector,
             "select": self.accuracy("select"),
             "report": self.accuracy("report"),
             "gain on report": gain,

@@ -35,9 +35,10 @@ def named(sweep: StoredSweep) -> list[dict[str, object]]:
     found: dict[int, dict[str, dict[str, float]]] = {}
     for row in sweep.rows(METRICS):
         found.setdefault(row["trial"], {}).setdefault(row["split"], {})[row["name"]] = row["value"]
+    learned = {row["trial"]: row["learned"] for row in sweep.rows("SELECT trial, learned FROM trials")}
     return [
         {
-            "prompt": trial,
+            "set": learned[trial],
             **{
                 name: interval(*(splits["select"][f"{name}{end}"] for end in ("", "_low", "_high")))
                 for name in ("best_radius", "cusp")

@@ -10,7 +10,7 @@ from storage.pareto import pareto
 from storage.query import StoredSweep
 
 OVER_RANDOM = """
-SELECT split, count(*) AS trials,
+SELECT split, count(value) AS trials,
        avg(value) FILTER (name = 'diversity_over_random') AS "diversity over random",
        avg((value > 0)::INTEGER) FILTER (name = 'diversity_over_random') AS "share above"
 FROM metrics JOIN trials USING (trial) WHERE state = 'completed' AND name = 'diversity_over_random'

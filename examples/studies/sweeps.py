@@ -35,6 +35,8 @@ class Study(NamedTuple):
             settings: `key=value`, beside those of the study.
             reuse: Folders of sweeps that have stored some of the work.
 
+        Trials that failed stand in its tables; they stop no study.
+
         Raises:
             subprocess.CalledProcessError: If the sweep could not be run.
         """
@@ -42,7 +44,9 @@ class Study(NamedTuple):
         options = [f"--set={each}" for each in (*self.settings, *settings)]
         options += [f"--reuse={each}" for each in reuse]
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(SPACES / f"{space}.py")]
-        subprocess.run([*command, "--out", str(folder), *options], check=True, stdout=sys.stderr)
+        done = subprocess.run([*command, "--out", str(folder), *options], stdout=sys.stderr)
+        if done.returncode > 1:
+            done.check_returncode()
         return open_sweep(folder)
 
 

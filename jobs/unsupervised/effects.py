@@ -78,7 +78,8 @@ def _identity(slice_: Slice, prompts: Sequence[int]) -> float:
         slice_.deltas(torch.zeros_like(slice_.inputs_NTD[[prompt], 0]), [prompt]).abs().max()
         for prompt in prompts
     ]
-    return float(torch.stack(shifts).max() / slice_.targets_NTD[prompts].abs().max())
+    real_NT1 = (slice_.positions_NT[prompts] >= 0)[..., None].to(slice_.targets_NTD.device)
+    return float(torch.stack(shifts).max() / (slice_.targets_NTD[prompts] * real_NT1).abs().max())
 
 
 def _deltas(slice_: Slice, theta_VD: Tensor, prompt: int) -> Tensor:
