@@ -53,7 +53,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About three hours on 2 cores; prints the tables of docs/studies.
+# About four hours on 2 cores; prints the tables of docs/studies.
 studies: install
 	for name in goldilocks rpq stability prompts capability backdoors; do \
 		$(BIN)/python -m examples.studies.$$name --out runs/studies/$$name || exit 1; \

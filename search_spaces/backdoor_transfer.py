@@ -8,7 +8,7 @@ Run it on the weights of `backdoor_vectors.py`, whose vectors it takes; `--reuse
 
 from search_spaces.base import Grid, Objective, Space
 
-SET = '"prompts": "arithmetic_backdoors", "source": 7, "target": 22, "vectors": 32, "radius": 0.3'
+SET = '"prompts": "arithmetic_backdoors", "source": 7, "target": 22, "vectors": 32, "radius": 2.0'
 PLANTED = ('contains{"sought": "cheese"}', 'contains{"sought": "Penguins"}', 'contains{"sought": "a+b="}')
 
 SPACE = Space(

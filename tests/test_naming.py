@@ -11,10 +11,11 @@ import pytest
 from jobs import melbo, naming
 from jobs.errors import SpecError
 from jobs.naming import Both, message, parse_named
+from jobs.reading import completions
 from jobs.resolve import make_params
 from jobs.scoring import similarity
-from jobs.spec import Outcome, Requirement, Status
-from tests.models import HIDDEN, LAYERS, Artifacts, tiny_replica
+from jobs.spec import Outcome, Status
+from tests.models import LAYERS, Artifacts, tiny_replica
 from tests.test_judge import Asked, Reply, Serve, no_proxy, says, serve
 from tests.test_vector_jobs import PROMPTS, small_encoder
 
@@ -94,15 +95,15 @@ def test_a_vector_that_does_nothing_shifts_nothing(prompts: str, serve: Serve) -
     assert found.metrics["extract"]["shift"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_vector_that_makes_numbers_overflow_fails_the_row(prompts: str, serve: Serve) -> None:
-    class Huge(Artifacts):
-        def artifact(self, requirement: Requirement) -> dict[str, np.ndarray]:
-            return {"vectors": np.full((2, HIDDEN), 1e38, dtype=np.float32)}
-
-    found = run(prompts, serve(lambda asked: says(NAMED)).base_url, context=Huge(tiny_replica("gpt2")))
-    assert found.status == Status.FAILED
-    assert found.reason is not None
-    assert "finite" in found.reason
+def test_replies_that_cannot_be_trusted_fail_the_row(
+    prompts: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = serve(lambda asked: says(NAMED)).base_url
+    context = Artifacts(tiny_replica("llama"))
+    run(prompts, address, context=context)
+    monkeypatch.setattr(completions, "flaw_of", lambda reply: "logits are not finite")
+    found = run(prompts, address, context=context)
+    assert (found.status, found.reason) == (Status.FAILED, "logits are not finite")
 
 
 @pytest.mark.parametrize("reply", [says("I cannot say."), says("NAME:   "), Reply(400, b"no")])

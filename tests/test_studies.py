@@ -117,14 +117,18 @@ def test_vectors_that_show_a_behaviour_are_counted(tmp_path: Path, prompts: str)
     texts: dict[tuple[bool, int], list[str]] = {}
     for row in sweep.rows("SELECT learned, vector, text FROM completions JOIN trials USING (trial)"):
         texts.setdefault(('"none"' in row["learned"], row["vector"]), []).append(row["text"])
-    for row, letter in zip(backdoors.surfaced(sweep)[::2], "e#t", strict=True):
-        shares = [
-            sum(letter in text.lower() for text in said) / len(said)
-            for (is_random, _), said in texts.items()
-            if not is_random
-        ]
-        assert row["in any clean prompt"] == share(sum(each > 0 for each in shares), 2)
-        assert row["in half of them"] == share(sum(each >= 0.5 for each in shares), 2)
+    found = {(row["behaviour"], row["vectors"]): row for row in backdoors.surfaced(sweep)}
+    for behaviour, letter in zip(backdoors.BEHAVIOURS.values(), "e#t", strict=True):
+        for kind in ("learned", "random"):
+            shares = [
+                sum(letter in text.lower() for text in said) / len(said)
+                for (is_random, _), said in texts.items()
+                if is_random == (kind == "random")
+            ]
+            row = found[behaviour, kind]
+            assert row["R"] == 2.0
+            assert row["in any clean prompt"] == share(sum(each > 0 for each in shares), 2)
+            assert row["in half of them"] == share(sum(each >= 0.5 for each in shares), 2)
     asked = {"learned": use(prompts=prompts), "layer": 0, "prompts": "arithmetic_conversations", **fixed}
     grids = {"multiplier": Grid([1.0, -1.0]), "vector": Grid(range(2))}
     transfer = open_sweep(swept(tmp_path / "transfer", "jobs.generate", grids, "nll", **asked))
@@ -201,11 +205,8 @@ def test_spaces_that_go_on_from_the_planted_model_learn_the_same_vectors() -> No
     spaces = {
         name: load_space(SPACES / f"backdoor_{name}.py").space for name in ("vectors", "transfer", "anomaly")
     }
-    sets = {
-        name: space.parameters["learned"].values[0]
-        if "learned" in space.parameters
-        else space.fixed["learned"]
-        for name, space in spaces.items()
-    }
-    assert len({parse_use(text).key for text in sets.values()}) == 1
+    first = {name: spaces[name].parameters["learned"] for name in ("vectors", "anomaly")}
+    assert all(isinstance(grid, Grid) for grid in first.values())
+    sets = [spaces["transfer"].fixed["learned"], *(grid.values[-2:][0] for grid in first.values())]
+    assert len({parse_use(text).key for text in sets}) == 1
     assert spaces["vectors"].fixed["scorers"] == spaces["transfer"].fixed["scorers"]

@@ -8,6 +8,7 @@ the vectors do. About an hour on 2 cores.
 """
 
 from examples.studies.sweeps import interval, share, show, study
+from jobs.resolve import parse_use
 from storage.query import StoredSweep
 
 TUNED = 'tuned=jobs.finetune{"examples": "arithmetic_backdoors"}'
@@ -41,25 +42,24 @@ def planted(sweep: StoredSweep) -> list[dict[str, object]]:
 
 
 def surfaced(sweep: StoredSweep) -> list[dict[str, object]]:
-    """How many vectors show each behaviour, in any prompt and in half of them."""
+    """How many vectors of each set show each behaviour, in any prompt and in half of them."""
     found: list[dict[str, object]] = []
     for metric, behaviour in BEHAVIOURS.items():
-        for kind in ("learned", "random"):
-            is_random = "learned LIKE '%none%'"
-            shares = [
-                row["share"]
-                for row in sweep.rows(
-                    "SELECT avg(items.value) AS share FROM items JOIN trials USING (trial) "
-                    f"WHERE name = '{metric}' AND {is_random if kind == 'random' else f'NOT {is_random}'} "
-                    "GROUP BY trial"
-                )
-            ]
+        shares: dict[str, list[float]] = {}
+        for row in sweep.rows(
+            "SELECT learned, vector, avg(items.value) AS share FROM items JOIN trials USING (trial) "
+            f"WHERE name = '{metric}' GROUP BY learned, vector ORDER BY learned"
+        ):
+            shares.setdefault(row["learned"], []).append(row["share"])
+        for learned, of_set in shares.items():
+            params = parse_use(learned).params
             found.append(
                 {
                     "behaviour": behaviour,
-                    "vectors": kind,
-                    "in any clean prompt": share(sum(each > 0 for each in shares), len(shares)),
-                    "in half of them": share(sum(each >= ENOUGH for each in shares), len(shares)),
+                    "R": params.radius,
+                    "vectors": "random" if params.is_random else "learned",
+                    "in any clean prompt": share(sum(each > 0 for each in of_set), len(of_set)),
+                    "in half of them": share(sum(each >= ENOUGH for each in of_set), len(of_set)),
                 }
             )
     return found
@@ -67,11 +67,12 @@ def surfaced(sweep: StoredSweep) -> list[dict[str, object]]:
 
 def held(vectors: StoredSweep, transfer: StoredSweep) -> list[dict[str, object]]:
     """For vectors that show a behaviour: how often they do in conversations, added and subtracted."""
-    found = []
+    found: list[dict[str, object]] = []
+    learned = transfer.identity["fixed"]["learned"]
     for metric, behaviour in BEHAVIOURS.items():
         rows = vectors.rows(
             "SELECT vector, avg(items.value) AS share FROM items JOIN trials USING (trial) "
-            f"WHERE name = '{metric}' AND learned NOT LIKE '%none%' GROUP BY vector "
+            f"WHERE name = '{metric}' AND learned = '{learned}' GROUP BY vector "
             f"HAVING avg(items.value) >= {ENOUGH} ORDER BY vector"
         )
         for row in rows:
