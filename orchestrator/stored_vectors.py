@@ -89,11 +89,7 @@ def stored_directions(folder: Path) -> list[Directions]:
         StoreError: If its tables are not what was written.
     """
     open_sweep(folder)
-    kept = []
-    for spec, job, artifact in _artifacts(folder):
-        directions_LD = _tensor(folder / artifact.path, "directions")
-        if directions_LD is not None and directions_LD.ndim == 2:
-            kept.append((spec, job, artifact, directions_LD))
+    kept = _matrices(folder, "directions")
     params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
     return [
         Directions(spec, job, params.get(spec), _layers(directions_LD), directions_LD.shape[1], artifact)
@@ -109,11 +105,7 @@ def stored_sets(folder: Path) -> list[LearnedSet]:
         trials.setdefault(row["spec"], []).append(row["trial"])
     rows = sweep.rows("SELECT spec, min(layer) AS layer FROM vectors GROUP BY spec")
     layers = {row["spec"]: row["layer"] for row in rows}
-    kept = []
-    for spec, job, artifact in _artifacts(folder):
-        vectors_VD = _tensor(folder / artifact.path, "vectors")
-        if vectors_VD is not None and vectors_VD.ndim == 2:
-            kept.append((spec, job, artifact, vectors_VD))
+    kept = _matrices(folder, "vectors")
     params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
     found = []
     for spec, job, artifact, vectors_VD in kept:
@@ -126,13 +118,15 @@ def stored_sets(folder: Path) -> list[LearnedSet]:
     return found
 
 
-def _artifacts(folder: Path) -> list[tuple[str, str, Artifact]]:
-    """Spec, job and artifact of all that have one, by spec; the latest where one was lost."""
-    rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}
-    return [
-        (spec, row["job"], Artifact(row["hash"], row["path"], row["bytes"]))
-        for spec, row in sorted(rows.items())
-    ]
+def _matrices(folder: Path, name: str) -> list[tuple[str, str, Artifact, np.ndarray]]:
+    """Spec, job, artifact and matrix of all artifacts that hold one of that name, by spec."""
+    rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}  # the latest, if one was lost
+    found = []
+    for spec, row in sorted(rows.items()):
+        matrix = _tensor(folder / row["path"], name)
+        if matrix is not None and matrix.ndim == 2:
+            found.append((spec, row["job"], Artifact(row["hash"], row["path"], row["bytes"]), matrix))
+    return found
 
 
 def _tensor(path: Path, name: str) -> np.ndarray | None:
