@@ -41,6 +41,7 @@ from tests.models import (
 )
 
 PROMPTS = [[40, 41, 42], [50, 51, 52, 53, 54, 55, 56], [60]]
+WIDE = 64
 SIZE = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 
 
@@ -61,8 +62,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
-def direction(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=HIDDEN)
+@pytest.fixture(scope="module")
+def whole_blocks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose matrices have rows of whole int4 blocks."""
+    torch.manual_seed(0)
+    size = {**SIZE, "hidden_size": WIDE, "intermediate_size": 2 * WIDE, "vocab_size": 400}
+    config = transformers.LlamaConfig(**size, pad_token_id=0)
+    return save(tmp_path_factory.mktemp("wide"), transformers.LlamaForCausalLM(config).float())
+
+
+def direction(seed: int = 0, size: int = HIDDEN) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=size)
 
 
 class TestTypes:
@@ -83,22 +93,42 @@ class TestTypes:
 
     @pytest.mark.parametrize(("dtype", "bits", "agreement"), [("int8", 8, 0.999), ("int4", 4, 0.95)])
     def test_quantised_weights_say_nearly_the_same_and_can_be_steered(
-        self, saved: str, dtype: str, bits: int, agreement: float
+        self, whole_blocks: str, dtype: str, bits: int, agreement: float
     ) -> None:
         pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
-        replica, exact = load_replica(ModelRef(id=saved, dtype=dtype)), load_replica(ModelRef(id=saved))
+        replica = load_replica(ModelRef(id=whole_blocks, dtype=dtype))
+        exact = load_replica(ModelRef(id=whole_blocks))
         assert replica.model.dtype == torch.bfloat16
         matrix = replica.blocks[0].get_parameter("mlp.down_proj.weight")
-        assert matrix.nbytes * 8 == bits * 2 * HIDDEN * HIDDEN
+        assert matrix.nbytes * 8 == bits * 2 * WIDE * WIDE
         found, expected = replica.logits(PROMPTS, keep=1).double(), exact.logits(PROMPTS, keep=1).double()
         assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > agreement
-        rows = [[], [Add(layer=1, vector=20 * direction())]]
+        rows = [[], [Add(layer=1, vector=20 * direction(size=WIDE))]]
         work = [Work(prompt, row) for prompt in range(len(PROMPTS)) for row in range(2)]
         steered = dict(
             generate(replica, PROMPTS, row_tables(replica, rows), work, Decoding(max_new_tokens=4))
         )
         assert steered[0].tokens != steered[1].tokens
         assert all(found.finite for found in steered.values())
+
+    @pytest.mark.parametrize("dtype", ["int8", "int4"])
+    def test_gradients_go_through_quantised_weights_after_a_pass_without(
+        self, whole_blocks: str, dtype: str
+    ) -> None:
+        pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+        replica = load_replica(ModelRef(id=whole_blocks, dtype=dtype))
+        replica.logits(PROMPTS, keep=1)
+        exact = load_replica(ModelRef(id=whole_blocks))
+        given = torch.randn(1, 2 * WIDE, dtype=torch.bfloat16, requires_grad=True)
+        replica.blocks[0].get_submodule("mlp.down_proj")(given).sum().backward()
+        expected = exact.blocks[0].get_parameter("mlp.down_proj.weight").sum(0)
+        assert given.grad is not None
+        assert torch.cosine_similarity(given.grad[0].float(), expected, dim=0) > 0.95
+
+    def test_int4_refuses_rows_that_are_not_whole_blocks(self, saved: str) -> None:
+        pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+        with pytest.raises(ModelError, match=rf"int4.*_proj of model .* takes {HIDDEN} values.*take int8"):
+            load_replica(ModelRef(id=saved, dtype="int4"))
 
     def test_a_type_that_the_device_cannot_run_says_what_to_take(
         self, saved: str, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ _FLOATS = {
     "float16": torch.float16,
 }
 _QUANTISED = ("int8", "int4")
+_INT4_BLOCK = 64
 _MEMORY_WITHOUT_GPU = 4 * 2**30
 _SHARE_OF_ALL_MEMORY = 1 / 6
 _SHARE_OF_FREE_MEMORY = 0.4
@@ -76,6 +77,7 @@ def load_replica(
     _check_whole(ref, model, found["missing_keys"])
     join_devices(model)
     widen_products(model)
+    _settle_int4(ref, model)
     replica = Replica(model, tokenizer, token_budget=token_budget)
     _check_blocks(ref, replica)
     replica.memory = _free_memory(model) if memory is None else memory
@@ -102,6 +104,22 @@ def _type_options(dtype: str) -> dict[str, Any]:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     return {"dtype": torch.bfloat16, "quantization_config": config}
+
+
+def _settle_int4(ref: ModelRef, model: nn.Module) -> None:
+    """Keep bitsandbytes from two faults on CPUs with AVX-512 (decision 46).
+
+    Weights that it packs anew at the first pass let no gradient through, and what it makes of matrices
+    whose rows are not whole blocks is wrong.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and module.weight.device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % _INT4_BLOCK:
+                raise ModelError(
+                    f"dtype 'int4': {name} of model {ref.id!r} takes {module.in_features} values; on a CPU "
+                    f"that has to be a multiple of {_INT4_BLOCK}; take int8, or gpus_per_worker=1"
+                )
 
 
 def _check_device(device: str) -> None:
