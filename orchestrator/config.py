@@ -1,5 +1,6 @@
 """How a sweep is run: the fields that `run` and `--set` take."""
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,11 @@ class RunConfig(BaseModel):
             on its GPUs once the weights are there, and on a CPU 4 GiB, or a sixth of the machine's if less.
         max_pack: Most trials of one pack.
         max_attempts: Tries at a pack whose worker dies; the last one is alone.
+        resources: Custom resources of Ray's that a worker takes, such as `{"tpu": 1}`.
+        labels: Labels of Ray's that the machine of a worker has, such as `{"gpu-type": "H100"}`.
+        wait_seconds: How long to wait for a machine that can hold a worker.
+        answer_seconds: A worker that does not answer for so long is replaced.
+        pack_seconds: A worker whose pack gives nothing for so long is replaced; None waits for ever.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
     """
 
@@ -54,7 +60,21 @@ class RunConfig(BaseModel):
     memory_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_pack: int = Field(16, ge=1)
     max_attempts: int = Field(3, ge=1)
+    resources: dict[str, float] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    wait_seconds: float = Field(600, gt=0)
+    answer_seconds: float = Field(120, gt=0)
+    pack_seconds: float | None = Field(None, gt=0)
     mlflow: str | None = None
+
+    @field_validator("resources", "labels", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        """The command line gives texts."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{value!r} is no JSON object such as {{"name": 1}}') from error
 
     @field_validator("model")
     @classmethod

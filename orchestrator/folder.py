@@ -21,7 +21,10 @@ from storage.lock import driver, driving
 from storage.query import read_identity
 
 _STARTED_WITH = ("space", "source", "fixed", "config")
-_MAY_CHANGE = ("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts")
+_MAY_CHANGE = (
+    *("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts"),
+    *("resources", "labels", "wait_seconds", "answer_seconds", "pack_seconds"),
+)
 """Fields of the configuration that say who computes, and nothing of what."""
 
 

@@ -1,33 +1,41 @@
-"""Stop on Ctrl-C or SIGTERM, also where a library swallows the exception."""
+"""Stop on Ctrl-C or SIGTERM: the first lets what runs end, the second ends at once."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class Interrupts:
-    """Whether somebody has asked this process to stop."""
+    """How often somebody has asked this process to stop."""
 
     def __init__(self) -> None:
-        self._requested = False
+        self._asked = 0
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if somebody has: an exception that came up inside a callback is lost."""
-        if self._requested:
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody has.
+
+        Raises:
+            KeyboardInterrupt: If twice: an exception that came up inside a callback is lost.
+        """
+        if self._asked > 1:
             raise KeyboardInterrupt
+        return self._asked == 1
 
     def take(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
-        self._requested = True
-        raise KeyboardInterrupt
+        self._asked += 1
+        if self._asked > 1:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def stoppable() -> Iterator[Interrupts]:
-    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt; begin it after Ray, which sets its own."""
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 count; begin it after Ray, which sets its own handlers."""
     interrupts = Interrupts()
-    before = {number: signal.signal(number, interrupts.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupts.take) for number in _SIGNALS}
     try:
         yield interrupts
     finally:

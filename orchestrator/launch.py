@@ -14,7 +14,8 @@ from orchestrator.folder import check_free, claimed
 from orchestrator.interrupts import Interrupts, stoppable
 from orchestrator.planning import Planner, check_unchanged, planned_trials
 from orchestrator.progress import ConsoleProgress
-from orchestrator.ray_pool import RayPool, connected
+from orchestrator.ray_cluster import connected
+from orchestrator.ray_pool import RayPool
 from orchestrator.report import write_report
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, check_space, load_space
@@ -113,7 +114,7 @@ def _drive(
         journal=folder / "optuna.journal",
         study=stored.identity["sweep"],
     )
-    pool = RayPool(folder, config)
+    pool = RayPool(folder, config, config.model_ref)
     mirror = BackgroundMirror(folder, config.mlflow)
     kept: list[Path] = []
     is_complete = False
@@ -129,9 +130,11 @@ def _drive(
                 donors=donors,
                 progress=progress,
                 on_result=mirror.notify,
-                check_stop=interrupts.check,
+                is_asked_to_stop=interrupts.is_asked_to_stop,
             )
-            sweep.run()
+            tally = sweep.run()
+        if tally.done < trials:
+            raise KeyboardInterrupt
         is_complete = True
         pool.close()
         report = write_report(folder)

@@ -1,6 +1,5 @@
 """From a proposal to the specs that have to be computed for it. No I/O beyond hashing datasets, no state."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +7,6 @@ from jobs.errors import SpecError
 from jobs.resolve import load_job, make_params, make_spec, prerequisites
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
-from orchestrator.scheduler import Task
 from orchestrator.space_file import grid_size
 from search_spaces.base import Space
 from storage.ledger import Asked
@@ -40,12 +38,16 @@ class Planner:
             for requirement, model in prerequisites(wanted, spec.model)
         }
 
-    def gate(self, spec: Spec) -> Spec | None:
-        """The cheaper form that a trial's spec has to pass first; None if there is none."""
-        if self._space.gate is None:
-            return None
-        params = make_params(spec.job, {**spec.params, **self._space.gate.overrides})
-        return make_spec(Requirement(job=spec.job, params=params), model=spec.model, seed=self._config.seed)
+    def stages(self, spec: Spec) -> list[Spec]:
+        """What a trial's spec has to pass, in order: its cheaper forms, and itself in the end."""
+        cheaper = [
+            Requirement(job=spec.job, params=make_params(spec.job, {**spec.params, **stage.overrides}))
+            for stage in self._space.stages
+        ]
+        return [
+            *(make_spec(form, model=spec.model, seed=self._config.seed) for form in cheaper),
+            spec,
+        ]
 
     def shared(self) -> list[str]:
         """Parameters that the space varies and that the rows of one pack must share."""
@@ -71,23 +73,6 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
             f"the {what} changed since trial {trial.trial} was asked for, and old and new trials could not "
             "be compared; put it back, or start anew with another --out"
         )
-
-
-def make_task(spec: Spec, needs: Iterable[Spec], *, is_trial: bool) -> Task:
-    """The spec as the scheduler sees it, with all that has to end before it."""
-    pack_by = load_job(spec.job).PACK_BY
-    shared = (
-        None
-        if pack_by is None
-        else json.dumps([spec.job, spec.model.tuned, [spec.params[name] for name in pack_by]])
-    )
-    return Task(
-        spec=spec.id,
-        job=spec.job,
-        pack_key=shared,
-        needs=frozenset(need.id for need in needs),
-        is_trial=is_trial,
-    )
 
 
 def planned_trials(space: Space, config: RunConfig) -> int:

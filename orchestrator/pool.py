@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from jobs.spec import ModelRef
 from storage.artifacts import Artifact
 from storage.store import Part
 
@@ -23,6 +24,7 @@ class Order:
     Attributes:
         attempt: Id of the try.
         job: Import path of the job.
+        model: What it runs on.
         rows: The configurations.
         artifacts: Requirement key -> artifact that holds it.
         tuned: Changes of the model's weights that the job runs on; None for the weights as they are.
@@ -30,6 +32,7 @@ class Order:
 
     attempt: str
     job: str
+    model: ModelRef
     rows: tuple[OrderRow, ...]
     artifacts: dict[str, Artifact]
     tuned: Artifact | None = None
@@ -66,7 +69,9 @@ class Delivery:
         host: The worker's machine.
         error: The last delivery of an order that raised: one line and the traceback. The rows that had
             no outcome yet are not in `finished`.
-        out_of_memory: Whether the error was that a single row does not fit.
+        out_of_memory: Whether the error was that the pack does not fit.
+        has_loaded: Whether the worker had to load the order's model first.
+        is_worn: Whether the worker should be replaced after this order.
     """
 
     part: Part
@@ -75,6 +80,8 @@ class Delivery:
     host: str
     error: str | None = None
     out_of_memory: bool = False
+    has_loaded: bool = False
+    is_worn: bool = False
 
 
 class Event(NamedTuple):
@@ -85,12 +92,14 @@ class Event(NamedTuple):
         kind: `ready` (it can take an order), `delivery`, `done` (its order has ended), `lost` (it died).
         delivery: Set for `delivery`.
         reason: Set for `lost`.
+        is_fault: Whether its order may be to blame for its death; not so where its machine went away.
     """
 
     worker: str
     kind: str
     delivery: Delivery | None = None
     reason: str | None = None
+    is_fault: bool = True
 
 
 class Pool(Protocol):
@@ -105,6 +114,9 @@ class Pool(Protocol):
         Raises:
             SteersweepError: If no worker can be had.
         """
+
+    def drain(self) -> None:
+        """Replace no worker any more that dies."""
 
     def close(self) -> None:
         """Let all workers go."""

@@ -27,6 +27,7 @@ class Tally:
         best: The best first objective so far, in words.
         workers_ready: Workers whose replica is loaded.
         packs_ended: Packs of trials that this driver has seen to their end.
+        is_stopping: Whether only what runs is seen to its end.
     """
 
     total: int
@@ -38,6 +39,7 @@ class Tally:
     best: str = ""
     workers_ready: int = 0
     packs_ended: int = 0
+    is_stopping: bool = False
 
     def count(self, status: str) -> None:
         """One more trial has ended as completed, infeasible or failed."""
@@ -111,7 +113,9 @@ def describe(tally: Tally, rate: float | None) -> str:
         parts.append(f"preparing: {tally.preparing}")
     if tally.infeasible:
         parts.append(f"{tally.infeasible} infeasible")
-    if tally.workers_ready == 0:
+    if tally.is_stopping:
+        parts.append("stopping when these have ended; once more to stop now")
+    elif tally.workers_ready == 0:
         parts.append("loading the model")
     elif rate is not None:
         parts.append(f"{60 * rate:.1f} trials/min")

@@ -1,31 +1,33 @@
-"""Workers as Ray actors, one replica each. The only importer of ray.
+"""Workers as Ray actors, one replica each.
 
 Ray restarts and retries nothing: the driver owns both, so that no pack runs twice unseen.
 """
 
 import logging
 import os
-import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
-from ray._private.authentication.authentication_token_setup import (
-    maybe_enable_token_auth_if_token_available,
-)
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
-from jobs.errors import ModelError, SpecError, SteersweepError
+from jobs.errors import ModelError, SteersweepError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.worker import Worker
 
-_CONNECT_SECONDS = 5.0
-_MAX_DEATHS = 20
+logger = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 2.0
+_DEATHS_IN_A_ROW = 20
+_DEATHS_OF_A_NODE = 5
+_NODE_DIED = "node has died"
+_NODE_LABEL = "ray.io/node-id"
 
 
 class WorkerActor:
@@ -34,7 +36,7 @@ class WorkerActor:
     def __init__(
         self,
         folder: str,
-        model: ModelRef,
+        model: ModelRef | None,
         *,
         cpus: int,
         gpus: float,
@@ -50,9 +52,9 @@ class WorkerActor:
         self._worker = Worker(Path(folder), model, device=device, token_budget=token_budget, memory=memory)
 
     @ray.method(concurrency_group="control")
-    def ready(self) -> bool:
-        """True as soon as the replica is loaded."""
-        return True
+    def alive(self) -> str:
+        """Id of its node, as soon as the replica is loaded and whenever it is asked."""
+        return ray.get_runtime_context().get_node_id()
 
     def run(self, order: Order) -> Iterator[Delivery]:
         """Deliveries of an order, each as soon as it is written."""
@@ -63,182 +65,267 @@ _remote: Any = ray.remote  # its types do not know of concurrency groups
 _ACTOR = _remote(concurrency_groups={"control": 1})(WorkerActor)
 
 
+@dataclass(slots=True)
+class _Member:
+    """An actor; times by the monotonic clock, in s.
+
+    Attributes:
+        actor: Its handle.
+        node: Id of its node; None until it is loaded.
+        asked: When it was asked whether it lives; None if it has answered.
+        busy: Since when its order has given nothing; None if it has none.
+        leaves: Why it is given no more orders; None if it stays.
+    """
+
+    actor: Any
+    node: str | None = None
+    asked: float | None = None
+    busy: float | None = None
+    leaves: str | None = None
+
+
+class _Awaited(NamedTuple):
+    """What a reference stands for: an answer of a worker, or the deliveries of its order."""
+
+    worker: str
+    is_order: bool
+
+
 class RayPool:
     """`orchestrator.pool.Pool` on a local Ray or on a running cluster.
 
+    Dead workers are replaced, also those whose machine went away: the new one starts as soon as there is a
+    machine for it.
+
     Args:
         folder: The sweep's folder, at the same path on every node.
-        config: Number and size of the workers, and the model.
+        config: Number, size and patience of the workers.
+        model: What they load before their first order; None leaves it to the orders.
 
     To be used inside `connected`.
     """
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig, model: ModelRef | None) -> None:
         self._folder = folder
         self._config = config
-        self._actors: dict[str, Any] = {}
-        self._waiting: dict[Any, str] = {}
+        self._model = model
+        self._members: dict[str, _Member] = {}
+        self._awaited: dict[Any, _Awaited] = {}
         self._deaths = 0
-        self._numbers = iter(range(1_000_000))
+        self._node_deaths: Counter[str] = Counter()
+        self._avoided: set[str] = set()
+        self._numbers = iter(range(10**9))
+        self._is_draining = False
+        self._began = self._watched = time.monotonic()
         for _ in range(config.workers):
             self._spawn()
 
     def _spawn(self) -> None:
+        if self._is_draining:
+            return
         config = self._config
+        avoided = {_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
         actor_type = _ACTOR.options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
+            resources=config.resources or None,
+            label_selector={**config.labels, **avoided} or None,
             max_restarts=0,
             max_task_retries=0,
         )
         name = f"worker-{next(self._numbers)}"
         actor = actor_type.remote(
             str(self._folder),
-            config.model_ref,
+            self._model,
             cpus=config.cpus_per_worker,
             gpus=config.gpus_per_worker,
             token_budget=config.token_budget,
             memory=None if config.memory_gib is None else int(config.memory_gib * 2**30),
         )
-        self._actors[name] = actor
-        self._waiting[actor.ready.remote()] = name
+        self._members[name] = _Member(actor)
+        self._await(name, actor.alive.remote(), is_order=False)
+
+    def _await(self, worker: str, reference: Any, *, is_order: bool) -> None:
+        self._awaited[reference] = _Awaited(worker, is_order)
 
     def start(self, worker: str, order: Order) -> None:
         """Hand an order to an idle worker."""
-        stream = self._actors[worker].run.options(num_returns="streaming").remote(order)
-        self._waiting[stream] = worker
+        member = self._members[worker]
+        member.busy = time.monotonic()
+        stream = member.actor.run.options(num_returns="streaming").remote(order)
+        self._await(worker, stream, is_order=True)
+
+    def drain(self) -> None:
+        """Replace nobody any more."""
+        self._is_draining = True
 
     def events(self, timeout_seconds: float) -> list[Event]:
-        """What has happened since the last call. Dead workers are replaced.
+        """What has happened since the last call.
 
         Raises:
             ModelError: If a worker cannot load the model.
-            SteersweepError: If workers die one after the other and none gives a delivery.
+            SteersweepError: If workers die one after the other and none gives a delivery, or no machine can
+                hold one.
         """
-        if not self._waiting:
+        events = self._watch()
+        if not self._awaited:
             time.sleep(timeout_seconds)
-            return []
-        ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_seconds)
-        return [self._event(waited, self._waiting.pop(waited)) for waited in ready]
+            return events
+        ready, _ = ray.wait(list(self._awaited), num_returns=1, timeout=0 if events else timeout_seconds)
+        if ready:
+            ready, _ = ray.wait(list(self._awaited), num_returns=len(self._awaited), timeout=0)
+        for reference in ready:
+            awaited = self._awaited.pop(reference)
+            if awaited.worker in self._members:
+                events += self._news(reference, *awaited)
+        return events
 
-    def _event(self, waited: Any, worker: str) -> Event:
+    def _news(self, reference: Any, worker: str, is_order: bool) -> list[Event]:
         try:
-            if isinstance(waited, ray.ObjectRefGenerator):
-                return self._next_delivery(waited, worker)
-            ray.get(waited)
-            return Event(worker, "ready")
+            return self._delivered(reference, worker) if is_order else self._answered(reference, worker)
         except ActorDiedError as error:
             if error.actor_init_failed:
                 raise ModelError(f"a worker cannot start: {_last_line(error)}") from error
-            return self._lost(worker, error)
-        except (ActorUnavailableError, RayActorError) as error:
-            return self._lost(worker, error)
+            is_fault = not error.preempted and _NODE_DIED not in str(error)
+            return [self._lost(worker, str(error).strip(), is_fault=is_fault)]
+        except RayActorError as error:
+            return [self._lost(worker, str(error).strip())]
         except RayTaskError as error:
             if isinstance(error.cause, SteersweepError):
                 raise error.cause from error
-            return self._lost(worker, error)
+            return [self._lost(worker, str(error).strip())]
 
-    def _next_delivery(self, stream: Any, worker: str) -> Event:
+    def _answered(self, reference: Any, worker: str) -> list[Event]:
+        member = self._members[worker]
+        node = ray.get(reference)
+        member.asked = None
+        if member.node is not None:
+            return []
+        member.node = node
+        return [Event(worker, "ready")]
+
+    def _delivered(self, stream: Any, worker: str) -> list[Event]:
+        member = self._members[worker]
         try:
             delivery = ray.get(next(stream))
         except StopIteration:
-            return Event(worker, "done")
-        self._waiting[stream] = worker
+            member.busy = None
+            return [Event(worker, "done"), *self._leave(worker)]
+        self._await(worker, stream, is_order=True)
+        member.busy = time.monotonic()
         self._deaths = 0
-        return Event(worker, "delivery", delivery)
+        self._node_deaths.pop(str(member.node), None)
+        if delivery.is_worn:
+            member.leaves = "its memory is in too many pieces"
+        return [Event(worker, "delivery", delivery)]
 
-    def _lost(self, worker: str, error: Exception) -> Event:
-        ray.kill(self._actors.pop(worker))
+    def _watch(self) -> list[Event]:
+        """Ask all whether they live, now and then; let those go that do not answer, hang or have to leave."""
+        now = time.monotonic()
+        if now - self._watched < _WATCH_SECONDS:
+            return []
+        self._watched = now
+        self._check_machines(now)
+        drained = _draining_nodes()
+        events = []
+        for worker, member in list(self._members.items()):
+            if member.node is None:
+                continue
+            if member.asked is None:
+                member.asked = now
+                self._await(worker, member.actor.alive.remote(), is_order=False)
+            if member.node in drained:
+                member.leaves = "its machine is taken away"
+            if (why := self._silence(member, now)) is not None:
+                events.append(self._lost(worker, why))
+            else:
+                events += self._leave(worker)
+        return events
+
+    def _silence(self, member: _Member, now: float) -> str | None:
+        """Why a worker is given up that has died without a word; None if it has not."""
+        patience, limit = self._config.answer_seconds, self._config.pack_seconds
+        if member.asked is not None and now - member.asked > patience:
+            return f"it did not answer for {patience:g} s (answer_seconds)"
+        if limit is not None and member.busy is not None and now - member.busy > limit:
+            return f"its pack gave nothing for {limit:g} s (pack_seconds)"
+        return None
+
+    def _leave(self, worker: str) -> list[Event]:
+        """Let a worker go that has to, unless it has an order."""
+        member = self._members[worker]
+        if member.leaves is None or member.busy is not None:
+            return []
+        return [self._lost(worker, member.leaves, is_fault=False)]
+
+    def _lost(self, worker: str, reason: str, *, is_fault: bool = True) -> Event:
+        member = self._members.pop(worker)
+        ray.kill(member.actor)
+        if is_fault:
+            self._count_death(member.node, reason)
+        self._spawn()
+        return Event(worker, "lost", reason=reason, is_fault=is_fault)
+
+    def _count_death(self, node: str | None, reason: str) -> None:
         self._deaths += 1
-        reason = str(error).strip()
-        if self._deaths > _MAX_DEATHS:
+        if self._deaths > _DEATHS_IN_A_ROW:
             raise SteersweepError(
                 f"{self._deaths} workers died and none gave a delivery in between; the last one said: "
-                f"{_last_line(error)}; mend that, then `steersweep resume`"
+                f"{reason.splitlines()[-1]}; mend that, then `steersweep resume`"
             )
-        self._spawn()
-        return Event(worker, "lost", reason=reason)
+        if node is None:
+            return
+        self._node_deaths[node] += 1
+        others = {member.node for member in self._members.values()} - {None, node, *self._avoided}
+        if self._node_deaths[node] >= _DEATHS_OF_A_NODE and others:
+            self._avoided.add(node)
+            logger.warning(
+                "%d workers in a row died on the node %s: no more are started there; the last said: %s",
+                *(self._node_deaths[node], node, reason.splitlines()[-1]),
+            )
+
+    def _check_machines(self, now: float) -> None:
+        """Say what is missing if no worker could start for a long time.
+
+        Raises:
+            SteersweepError: If no machine of the cluster could hold a worker.
+        """
+        config = self._config
+        if now - self._began < config.wait_seconds or any(member.node for member in self._members.values()):
+            self._began = now if any(member.node for member in self._members.values()) else self._began
+            return
+        wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
+        wanted = {name: amount for name, amount in wanted.items() if amount}
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        fitting = [
+            node
+            for node in nodes
+            if all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
+            and config.labels.items() <= node.get("Labels", {}).items()
+        ]
+        self._began = now
+        if fitting:
+            logger.warning("no worker could start for %g s: the cluster is busy", config.wait_seconds)
+            return
+        most = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in wanted}
+        labels = f" and the labels {config.labels}" if config.labels else ""
+        raise SteersweepError(
+            f"no worker could start for {config.wait_seconds:g} s: each asks for {wanted}{labels}, and the "
+            f"{len(nodes)} machines of the cluster have {most} at most; add one, or give smaller workers or "
+            "more wait_seconds, then `steersweep resume`"
+        )
 
     def close(self) -> None:
         """Let the actors go. Closing again does nothing."""
-        while self._actors:
-            ray.kill(self._actors.popitem()[1])
+        while self._members:
+            ray.kill(self._members.popitem()[1].actor)
+
+
+def _draining_nodes() -> set[str]:
+    """Nodes that are about to be taken away. Ray tells its own libraries so, and nobody else."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def _last_line(error: Exception) -> str:
     """What an actor's own exception says, without the traceback that Ray wraps around it."""
     return str(error).strip().splitlines()[-1]
-
-
-@contextmanager
-def connected(config: RunConfig, address: str | None) -> Iterator[None]:
-    """Inside the block there is a Ray: a running cluster, or one of its own as large as the workers need.
-
-    Args:
-        config: Number and size of the workers.
-        address: host:port of a running head, or `auto`; None starts a local Ray.
-
-    Raises:
-        SpecError: If there is no cluster at the address, or this machine has too few GPUs.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
-        common |= {"num_cpus": cpus, "include_dashboard": False}
-    else:
-        if address != "auto":
-            _check_listening(address)
-        # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(address=address or "local", **common)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
-    try:
-        if address is None:
-            _check_gpus(config)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_gpus(config: RunConfig) -> None:
-    """Ray would wait for a GPU for ever; a cluster may still grow one, this machine will not."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted, found = config.workers * config.gpus_per_worker, resources.get("GPU", 0)
-    if wanted > found:
-        raise SpecError(
-            f"workers={config.workers} with gpus_per_worker={config.gpus_per_worker:g}: this machine has "
-            f"{found:g} GPUs; give fewer, or the --address of a cluster"
-        )
-
-
-_ADDRESS_HINT = (
-    "give host:port of a running head, such as 127.0.0.1:6379, or leave --address out to use this machine"
-)
-
-
-def _check_listening(address: str) -> None:
-    """Ray itself would wait for minutes where nothing listens, or another program does."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
-            connection.settimeout(_CONNECT_SECONDS)
-            connection.sendall(_HTTP2_GREETING)
-            answer = connection.recv(_HTTP2_FRAME_HEADER_BYTES)
-    except (OSError, ValueError) as error:
-        raise SpecError(f"no Ray cluster answers at {address!r} ({error}); {_ADDRESS_HINT}") from error
-    if len(answer) < _HTTP2_FRAME_HEADER_BYTES or answer[3] != _HTTP2_SETTINGS:
-        raise SpecError(f"what answers at {address!r} is no Ray head; {_ADDRESS_HINT}")
-
-
-# A Ray head speaks gRPC, and a gRPC server answers this greeting with a frame of settings (RFC 9113, 3.4).
-_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-_HTTP2_FRAME_HEADER_BYTES = 9
-_HTTP2_SETTINGS = 4
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

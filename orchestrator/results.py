@@ -4,17 +4,29 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.spec import Spec, Status, choosing_split, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
-from search_spaces.base import Constraint, Space
+from search_spaces.base import Space, broken
 from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.ledger import Asked
+from storage.parquet import TableFile
 from storage.store import Part, Store, StoredResult
+
+
+@dataclass(slots=True)
+class _New:
+    """What was taken in since the last commit."""
+
+    files: list[TableFile] = field(default_factory=list)
+    results: dict[str, StoredResult] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    attempts: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 class Results:
@@ -50,10 +62,12 @@ class Results:
             spec: artifact for spec, artifact in stored.items() if (store.folder / artifact.path).is_file()
         }
         self._lost = stored.keys() - self.artifacts.keys()
+        self._ended: set[int] = set()
+        self._new = _New()
 
     def of(self, spec: str) -> StoredResult | None:
-        """The accepted result of a spec; None if it has none."""
-        return self._store.results.get(spec)
+        """The result of a spec, kept or about to be; None if it has none."""
+        return self._new.results.get(spec) or self._store.results.get(spec)
 
     def is_lost(self, spec: str) -> bool:
         """Whether the spec had an artifact whose file is gone, so that it has to be computed again."""
@@ -69,6 +83,7 @@ class Results:
 
     def recall(self, row: Mapping[str, Any]) -> None:
         """A trial that an earlier driver stored; it may have died before telling."""
+        self._ended.add(row["trial"])
         self._first_trial.setdefault(row["spec"], row["trial"])
         self._tell(row["trial"], row["spec"], row["state"])
 
@@ -81,38 +96,54 @@ class Results:
             if row.metrics is not None:
                 self._metrics[row.spec] = {name: row.metrics[name] for name in wanted if name in row.metrics}
 
-    def closed_gate(self, spec: str) -> str | None:
-        """Which constraint of the space's gate a spec breaks; None if it keeps all."""
-        assert self._space.gate is not None
-        return self._broken(spec, self._space.gate.constraints)
+    def metrics(self, spec: str) -> Mapping[str, float]:
+        """Metrics of a spec that decide anything, on the split that configurations are chosen on."""
+        return self._metrics.get(spec, {})
 
     def accept(
         self, part: Part, *, seconds: float | None, attempts: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Make results visible together with the trials that wait for them, then tell the sampler.
+        """Take results in for the next `commit`, together with the trials that wait for them.
 
         Args:
             part: What was written, and how each spec ended.
             seconds: Time that each result took; trials that share a result get none.
             attempts: Rows of the table `attempts`.
-
-        Raises:
-            OSError: If the disk refuses; nothing is accepted then.
         """
         results = [self._judged(result) if self.waiting(result.spec) else result for result in part.results]
-        trials = [(trial, result) for result in results for trial in self.waiting(result.spec)]
-        rows = [self._trial_row(trial, result, seconds) for trial, result in trials]
-        self._store.commit([self._without_known(part.files, results)], trials=rows, attempts=attempts)
+        new = self._without_known(part.files, results)
+        self._new.files += new.files
+        self._new.results.update({result.spec: result for result in new.results})
+        self._new.attempts += attempts
         for result in results:
-            self._waiting.pop(result.spec, None)
-        for trial, result in trials:
-            self._tell(trial.trial, result.spec, result.status)
+            for trial in self._waiting.pop(result.spec, ()):
+                self._end(trial, result, seconds)
 
     def reuse(self, trial: Asked, result: StoredResult) -> None:
-        """End a trial with a result that is there already."""
-        result = self._judged(result)
-        self._store.commit([], trials=[self._trial_row(trial, result, None)])
-        self._tell(trial.trial, result.spec, result.status)
+        """End a trial with a result that is there already, unless it has ended."""
+        if trial.trial not in self._ended:
+            self._end(trial, self._judged(result), None)
+
+    def _end(self, trial: Asked, result: StoredResult, seconds: float | None) -> None:
+        self._ended.add(trial.trial)
+        self._new.trials.append(self._trial_row(trial, result, seconds))
+
+    def note_attempts(self, attempts: Sequence[Mapping[str, Any]]) -> None:
+        """Take attempts in that gave no result."""
+        self._new.attempts += attempts
+
+    def commit(self) -> None:
+        """Make what was taken in visible, all at once, then tell the sampler.
+
+        Raises:
+            StoreError: If the disk refuses; nothing becomes visible then, and it waits on.
+        """
+        new = self._new
+        part = Part(tuple(new.files), tuple(new.results.values()))
+        self._store.commit([part], trials=new.trials, attempts=new.attempts)
+        self._new = _New()
+        for row in new.trials:
+            self._tell(row["trial"], row["spec"], row["state"])
 
     def take_over(self, spec: Spec, donors: Donors) -> bool:
         """Take a prerequisite's artifact from another sweep. Returns whether one has it."""
@@ -136,27 +167,19 @@ class Results:
         self.artifacts[spec.id] = kept
         return True
 
-    def note_attempts(self, attempts: Sequence[Mapping[str, Any]]) -> None:
-        """Keep attempts that gave no result."""
-        self._store.commit([], attempts=attempts)
-
     def _judged(self, result: StoredResult) -> StoredResult:
         """A trial that breaks a constraint, or without all its objectives, is infeasible, not completed."""
         if result.status != "completed":
             return result
-        broken = self._broken(result.spec, self._space.constraints)
-        if broken is None and self._objectives(result.spec) is None:
+        why = broken(self._space.constraints, self.metrics(result.spec))
+        if why is None and self._objectives(result.spec) is None:
             names = [objective.metric for objective in self._space.objectives]
-            broken = f"not all of the objectives {names} are defined"
-        return result if broken is None else StoredResult(result.spec, "infeasible", broken)
-
-    def _broken(self, spec: str, constraints: Sequence[Constraint]) -> str | None:
-        metrics = self._metrics.get(spec, {})
-        return next(filter(None, (each.broken(metrics.get(each.metric)) for each in constraints)), None)
+            why = f"not all of the objectives {names} are defined"
+        return result if why is None else StoredResult(result.spec, "infeasible", why)
 
     def _objectives(self, spec: str) -> list[float] | None:
         """Values of the objectives in order; None if any is not defined."""
-        metrics = self._metrics.get(spec, {})
+        metrics = self.metrics(spec)
         values = [metrics.get(objective.metric) for objective in self._space.objectives]
         return (
             [float(value) for value in values if value is not None] if all(map(is_defined, values)) else None
@@ -200,8 +223,7 @@ class Results:
 
 def _wanted(space: Space) -> set[str]:
     """The metrics that decide anything."""
-    gated = () if space.gate is None else space.gate.constraints
-    bounds = (*space.constraints, *gated)
+    bounds = (*space.constraints, *(each for stage in space.stages for each in stage.constraints))
     return {*(each.metric for each in space.objectives), *(each.metric for each in bounds)}
 
 

@@ -4,19 +4,19 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import Trial, TrialState
 
 from jobs.spec import Status
+from orchestrator.journal import Journal
 from orchestrator.space_file import grid_cell
 from search_spaces.base import Domain, Float, Grid, Int, Space
-from storage.durable import drop_torn_line
 
 
 class Proposal(NamedTuple):
@@ -52,15 +52,13 @@ class OptunaSampler:
     def __init__(self, space: Space, *, name: str, seed: int, journal: Path, study: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        drop_torn_line(journal)
-        # A driver killed while it wrote left Optuna's own lock, which would hold the next one up for 30 s.
-        journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
         self._space = space
         self._name = name
         self._seed = seed
         self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
+        self._journal = Journal(journal)
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
+            storage=JournalStorage(cast(BaseJournalBackend, self._journal)),
             study_name=study,
             directions=[objective.direction for objective in space.objectives],
             load_if_exists=True,
@@ -121,6 +119,10 @@ class OptunaSampler:
         else:
             self._study.tell(trial, list(values), skip_if_finished=True)
         self._ended.add(trial)
+
+    def flush(self) -> None:
+        """Bring to disk what was asked and told. Raises StoreError if the disk refuses."""
+        self._journal.flush()
 
     def _set_infeasible(self, number: int) -> None:
         trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)

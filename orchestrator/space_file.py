@@ -149,8 +149,8 @@ def check_space(space: Space, model: ModelRef) -> None:
     job = load_job(space.job)
     if taken := sorted(set(space.parameters) & {column.name for column in TABLES["trials"]}):
         raise SpecError(f"parameters {taken} are columns of the table trials; give them other names")
-    gated = [] if space.gate is None else space.gate.constraints
-    used: list[Objective | Constraint] = [*space.objectives, *space.constraints, *gated]
+    staged = [constraint for stage in space.stages for constraint in stage.constraints]
+    used: list[Objective | Constraint] = [*space.objectives, *space.constraints, *staged]
     for use in used:
         if use.metric not in job.METRICS:
             nearest = difflib.get_close_matches(use.metric, job.METRICS, n=1)
@@ -163,8 +163,8 @@ def check_space(space: Space, model: ModelRef) -> None:
     for name, domain in space.parameters.items():
         for value in _extremes(domain):
             make_params(space.job, {**space.fixed, **first, name: value})
-    if space.gate is not None:
-        make_params(space.job, {**space.fixed, **first, **space.gate.overrides})
+    for stage in space.stages:
+        make_params(space.job, {**space.fixed, **first, **stage.overrides})
     for values in _combinations(space, job.DATA):
         job.check(make_params(space.job, {**space.fixed, **first, **values}))
     _check_layers(space, model)

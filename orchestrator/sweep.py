@@ -1,49 +1,29 @@
 """The loop: ask, pack, dispatch, store, tell. Sampler, scheduler, pool and store meet only here."""
 
-import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jobs.resolve import parse_use
-from jobs.spec import Spec
 from orchestrator.config import RunConfig
-from orchestrator.planning import Planner, make_task
+from orchestrator.intake import Intake, Planned
+from orchestrator.planning import Planner
 from orchestrator.pool import Delivery, Event, Finished, Order, OrderRow, Pool
 from orchestrator.progress import Progress, Tally
 from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
-from orchestrator.scheduler import Pack, Scheduler, Task, pack_limit
+from orchestrator.scheduler import Kind, Pack, Scheduler, pack_limit
 from search_spaces.base import Space
-from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.durable import StoreError, remove_staging
-from storage.ledger import Asked, Ledger, read_asked
+from storage.ledger import Asked, Ledger, read_asked, read_limits
 from storage.store import Part, Store, StoredResult
 
 _POLL_SECONDS = 0.5
-_GATE = "its cheaper form did not pass the gate"
-
-
-class _Planned(NamedTuple):
-    """A spec that waits or runs, with the specs whose artifacts it takes, by requirement key."""
-
-    spec: Spec
-    needs: Mapping[str, Spec]
-
-
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    """The specs that nothing waits for any more: they have an artifact, or are gates that were passed."""
-
-    artifacts: Mapping[str, Artifact]
-    passed: set[str]
-
-    def __contains__(self, spec: object) -> bool:
-        return spec in self.artifacts or spec in self.passed
 
 
 @dataclass(slots=True)
@@ -70,7 +50,7 @@ class Sweep:
         donors: Other sweeps whose artifacts may be taken.
         progress: Who is told how it stands.
         on_result: Called after each trial that has ended.
-        check_stop: Called between events; what it raises ends the run.
+        is_asked_to_stop: Called between events; once it is true, only what runs is seen to its end.
     """
 
     def __init__(
@@ -85,9 +65,10 @@ class Sweep:
         donors: Donors,
         progress: Progress,
         on_result: Callable[[], None],
-        check_stop: Callable[[], None],
+        is_asked_to_stop: Callable[[], bool],
     ) -> None:
-        self._check_stop = check_stop
+        self._is_asked_to_stop = is_asked_to_stop
+        self._space = space
         self._config = config
         self._trials = trials
         self._sampler = sampler
@@ -99,39 +80,58 @@ class Sweep:
         self._scheduler = Scheduler(max_attempts=config.max_attempts)
         self._tally = Tally(total=trials)
         self._results = Results(self._store, space, sampler, self._tally, on_result)
-        self._donors = donors
-        self._planned: dict[str, _Planned] = {}
+        self._intake = Intake(
+            space,
+            self._planner,
+            self._scheduler,
+            self._results,
+            donors,
+            workers=config.workers,
+            max_pack=config.max_pack,
+        )
         self._running: dict[str, _Running] = {}
-        self._gates: set[str] = set()
-        self._settled = _Settled(self._results.artifacts, set())
         self._loaded: set[str] = set()
-        self._idle: list[str] = []
+        self._held: dict[str, str] = {}
+        self._idle: deque[str] = deque()
         self._asked = 0
 
     def run(self) -> Tally:
-        """Go on until every trial has ended.
+        """Go on until every trial has ended, or until asked to stop.
 
         Raises:
             SteersweepError: If the work cannot go on; everything accepted so far stays.
         """
         self._take_up()
-        while self._tally.done < self._trials:
-            self._propose()
-            self._dispatch()
-            if self._tally.done == self._trials:
-                break
-            for event in self._pool.events(_POLL_SECONDS):
-                self._handle(event)
-            self._show()
-            self._check_stop()
+        try:
+            while not self._is_over():
+                if not self._tally.is_stopping:
+                    self._propose()
+                    self._dispatch()
+                if self._is_over():
+                    break
+                for event in self._pool.events(_POLL_SECONDS):
+                    self._handle(event)
+                self._results.commit()
+                self._check_stop()
+                self._show()
+        finally:
+            self._sampler.flush()
         self._show()
         return self._tally
+
+    def _check_stop(self) -> None:
+        if not self._tally.is_stopping and self._is_asked_to_stop():
+            self._tally.is_stopping = True
+            self._pool.drain()
+
+    def _is_over(self) -> bool:
+        return self._tally.done == self._trials or (self._tally.is_stopping and not self._running)
 
     def _show(self) -> None:
         on_workers = [task for run in self._running.values() for task in run.pack.tasks]
         self._tally.workers_ready = len(self._loaded)
-        self._tally.running = sum(len(self._results.waiting(task.spec)) for task in on_workers)
-        self._tally.preparing = ", ".join(sorted({task.job for task in on_workers if not task.is_trial}))
+        self._tally.running = sum(len(self._intake.trials(task.spec)) for task in on_workers)
+        self._tally.preparing = ", ".join(sorted({task.kind.job for task in on_workers if not task.is_trial}))
         self._progress.update(self._tally)
 
     def _take_up(self) -> None:
@@ -141,30 +141,26 @@ class Sweep:
         ended = {row["trial"]: row for row in self._store.rows("trials")}
         if lost := sorted(ended.keys() - {trial.trial for trial in asked}):
             raise StoreError(f"the ledger in {self._store.folder} lacks trials that have ended: {lost[:10]}")
+        self._scheduler.limits |= {
+            Kind(*kind): most for kind, most in read_limits(self._store.folder).items()
+        }
         self._ledger.taken_over()
-        adopted = [
-            self._record(proposal) for proposal in self._sampler.adopt([trial.trial for trial in asked])
-        ]
-        if adopted:
+        if adopted := self._record(self._sampler.adopt([trial.trial for trial in asked])):
             self._ledger.asked(adopted)
         for trial in asked:
             if trial.trial in ended:
                 self._results.recall(ended[trial.trial])
-        left = [trial for trial in (*asked, *adopted) if trial.trial not in ended]
-        self._asked = len(asked) + len(adopted) - len(left)
-        while left:
-            count = self._pack_limit()
-            self._take_in(left[:count])
-            self._asked += len(left[:count])
-            left = left[count:]
-
-    def _pack_limit(self) -> int:
-        return pack_limit(
-            unasked=self._trials - self._asked, workers=self._config.workers, max_pack=self._config.max_pack
-        )
+        groups: dict[int, list[Asked]] = {}
+        for trial in (*asked, *adopted):
+            groups.setdefault(trial.group, []).append(trial)
+        for group in groups.values():
+            self._asked += len(group)
+            if not all(trial.trial in ended for trial in group):
+                self._intake.take(group)
+        self._results.commit()
 
     def _propose(self) -> None:
-        """Ask, a pack's worth at a time, until every idle worker has a pack to take.
+        """Ask, a group at a time, until every idle worker has a pack to take.
 
         What waits for a prerequisite keeps no worker busy, but was asked blindly: there is an end to it.
         """
@@ -173,105 +169,55 @@ class Sweep:
             and self._scheduler.runnable < len(self._idle)
             and self._scheduler.blocked < self._config.workers
         ):
-            trials = self._ask(self._pack_limit())
+            trials = self._ask(self._group_size())
             self._ledger.asked(trials)
             self._asked += len(trials)
-            self._take_in(trials)
+            self._intake.take(trials)
+            self._results.commit()
+
+    def _group_size(self) -> int:
+        """How many trials to ask for together: what a stage compares, or else a pack."""
+        unasked = self._trials - self._asked
+        if any(stage.keep < 1 for stage in self._space.stages):
+            return min(unasked, self._space.bracket)
+        return pack_limit(unasked=unasked, workers=self._config.workers, max_pack=self._config.max_pack)
 
     def _ask(self, count: int) -> list[Asked]:
         """The first proposal is free, the others hold what the rows of a pack must share."""
-        first = self._record(self._sampler.ask())
+        first = self._sampler.ask()
         fixed = {name: first.params[name] for name in self._planner.shared()}
-        return [first, *(self._record(self._sampler.ask(fixed)) for _ in range(count - 1))]
+        proposals = [first, *(self._sampler.ask(fixed) for _ in range(count - 1))]
+        self._sampler.flush()
+        return self._record(proposals)
 
-    def _record(self, proposal: Proposal) -> Asked:
-        return Asked(
-            trial=proposal.trial,
-            params=proposal.params,
-            spec=self._planner.spec(proposal.params),
-            seen=proposal.seen,
-            fixed=proposal.fixed,
-        )
-
-    def _take_in(self, trials: Sequence[Asked]) -> None:
-        """Answer trials from results that are there, or plan what has to be computed for them."""
-        tasks: list[Task] = []
-        first: list[Task] = []
-        for trial in trials:
-            spec = trial.spec
-            if (result := self._results.of(spec.id)) is not None:
-                self._results.reuse(trial, result)
-                continue
-            self._results.expect(trial)
-            if spec.id in self._planned:
-                continue
-            ended = self._behind_closed_gate(spec) or self._cannot_run(spec)
-            if ended is not None:
-                self._results.accept(Part((), (ended,)), seconds=None)
-                continue
-            tasks.append(self._plan(spec, first, is_trial=True))
-        # Prerequisites are shared out at once: trials wait for the last of theirs.
-        if first:
-            share = math.ceil(len(first) / self._config.workers)
-            self._scheduler.add(first, settled=self._settled, most=min(self._config.max_pack, share))
-        self._scheduler.add(tasks, settled=self._settled)
-
-    def _plan(self, spec: Spec, first: list[Task], *, is_trial: bool) -> Task:
-        """The spec as a task; what it needs and nobody has planned yet is added to `first`."""
-        needs = self._planner.needs(spec)
-        before = list(needs.values())
-        if is_trial and (gate := self._planner.gate(spec)) is not None and gate.id != spec.id:
-            self._gates.add(gate.id)
-            before.append(gate)
-        for need in before:
-            if need.id in self._settled or need.id in self._planned:
-                continue
-            # Of its own job a sweep needs metrics and texts too, which an artifact does not hold.
-            is_own = need.job == spec.job
-            if is_own or not self._results.take_over(need, self._donors):
-                first.append(self._plan(need, first, is_trial=False))
-        self._planned[spec.id] = _Planned(spec, needs)
-        return make_task(spec, before, is_trial=is_trial)
-
-    def _behind_closed_gate(self, spec: Spec) -> StoredResult | None:
-        """How a trial ends whose gate has ended already; None if it may run, or its gate has to run first."""
-        gate = self._planner.gate(spec)
-        result = None if gate is None else self._results.of(gate.id)
-        if gate is None or result is None or gate.id == spec.id:
-            return None
-        if result.status != "completed":
-            return StoredResult(spec.id, "failed", _ended_without_artifact(gate.job, result))
-        why = self._results.closed_gate(gate.id)
-        if why is not None:
-            return StoredResult(spec.id, "infeasible", f"{_GATE}: {why}")
-        self._settled.passed.add(gate.id)
-        return None
-
-    def _cannot_run(self, spec: Spec) -> StoredResult | None:
-        """How a spec ends that lacks a prerequisite for good; None if all of them may still be had."""
-        for need in self._planner.needs(spec).values():
-            if need.id in self._results.artifacts or need.id in self._planned:
-                continue
-            result = self._results.of(need.id)
-            if result is not None and not self._results.is_lost(need.id):
-                return StoredResult(spec.id, "failed", _ended_without_artifact(need.job, result))
-            if (ended := self._cannot_run(need)) is not None:
-                return ended._replace(spec=spec.id)
-        return None
+    def _record(self, proposals: Sequence[Proposal]) -> list[Asked]:
+        return [
+            Asked(
+                trial=proposal.trial,
+                params=proposal.params,
+                spec=self._planner.spec(proposal.params),
+                seen=proposal.seen,
+                fixed=proposal.fixed,
+                group=proposals[0].trial,
+            )
+            for proposal in proposals
+        ]
 
     def _dispatch(self) -> None:
-        while self._idle and (pack := self._scheduler.next_pack()) is not None:
-            run = _Running(self._idle.pop(0), pack, uuid.uuid4().hex[:12], time.time())
-            rows = [self._planned[task.spec] for task in pack.tasks]
+        while self._idle and (pack := self._scheduler.next_pack(self._held.get(self._idle[0]))) is not None:
+            run = _Running(self._idle.popleft(), pack, uuid.uuid4().hex[:12], time.time())
+            self._held[run.worker] = pack.kind.model
+            rows = [self._intake.planned[task.spec] for task in pack.tasks]
             self._ledger.dispatched(run.attempt, run.worker, [row.spec.id for row in rows])
             self._running[run.worker] = run
             self._pool.start(run.worker, self._order(run, rows))
 
-    def _order(self, run: _Running, rows: Sequence[_Planned]) -> Order:
+    def _order(self, run: _Running, rows: Sequence[Planned]) -> Order:
         tuned = rows[0].spec.model.tuned
         return Order(
             attempt=run.attempt,
-            job=run.pack.tasks[0].job,
+            job=run.pack.kind.job,
+            model=rows[0].spec.model,
             rows=tuple(OrderRow(row.spec.id, dict(row.spec.params), row.spec.seed) for row in rows),
             artifacts={
                 key: self._results.artifacts[need.id] for row in rows for key, need in row.needs.items()
@@ -290,32 +236,43 @@ class Sweep:
             self._tally.packs_ended += run is not None and any(task.is_trial for task in run.pack.tasks)
             self._idle.append(event.worker)
         elif event.kind == "lost":
-            self._lost(event.worker, event.reason or "the worker died")
+            self._lost(event.worker, event.reason or "the worker died", is_fault=event.is_fault)
 
     def _receive(self, run: _Running, delivery: Delivery) -> None:
         self._accept(run, delivery.part, delivery.finished, delivery)
         if delivery.error is None:
             return
-        state = "oom" if delivery.out_of_memory else "failed"
-        ended = self._ended(run, state, delivery.error)
-        if self._scheduler.split(run.pack):
+        ended = self._ended(run, "oom" if delivery.out_of_memory else "failed", delivery.error)
+        if self._runs_again(run.pack, delivery):
             self._results.note_attempts(self._attempts(run, ended, delivery))
             return
         status = "infeasible" if delivery.out_of_memory else "failed"
         self._give_up(run, ended, delivery, status, delivery.error.splitlines()[0])
 
-    def _lost(self, worker: str, reason: str) -> None:
+    def _runs_again(self, pack: Pack, delivery: Delivery) -> bool:
+        """Whether what is left of a pack that raised can be tried in smaller ones."""
+        if not delivery.out_of_memory:
+            return self._scheduler.split(pack)
+        if not self._scheduler.halve(pack):
+            return False
+        self._ledger.limited(pack.kind.job, pack.kind.model, self._scheduler.limits[pack.kind])
+        return True
+
+    def _lost(self, worker: str, reason: str, *, is_fault: bool) -> None:
         self._loaded.discard(worker)
+        self._held.pop(worker, None)
         if worker in self._idle:
             self._idle.remove(worker)
         run = self._running.pop(worker, None)
         if run is None:
             return
         ended = self._ended(run, "lost", reason)
-        if self._scheduler.lost(run.pack):
+        if self._scheduler.lost(run.pack, counts=is_fault):
             self._results.note_attempts(self._attempts(run, ended))
             return
-        why = f"lost: {run.pack.attempt} workers died running it; the last said: {reason.splitlines()[0]}"
+        # Who was alone with its last worker, and not for the first time, is held to have killed it.
+        what = "quarantined" if len(run.pack.tasks) == 1 and run.pack.attempt > 1 else "lost"
+        why = f"{what}: {run.pack.attempt} workers died running it; the last said: {reason.splitlines()[0]}"
         self._give_up(run, ended, None, "failed", why)
 
     def _ended(self, run: _Running, state: str, reason: str) -> list[Finished]:
@@ -333,31 +290,17 @@ class Sweep:
         self, run: _Running, part: Part, finished: Sequence[Finished], delivery: Delivery | None
     ) -> None:
         """Accept what ended, and what cannot run any more because of it."""
+        attempts = self._attempts(run, finished, delivery)
         self._results.learn(finished)
-        further = [failure for result in part.results for failure in self._settle(result)]
         since = run.latest or (delivery.started if delivery is not None else run.dispatched)
         run.latest = max((row.at for row in finished), default=time.time())
+        results = (*part.results, *self._intake.ended(part.results))
         self._results.accept(
-            Part(part.files, (*part.results, *further)),
+            Part(part.files, results),
             seconds=(run.latest - since) / max(1, len(part.results)),
-            attempts=self._attempts(run, finished, delivery),
+            attempts=attempts,
         )
-        for result in (*part.results, *further):
-            del self._planned[result.spec]
-
-    def _settle(self, result: StoredResult) -> list[StoredResult]:
-        """Let dependents run, or fail them by name; returns the results of those that failed."""
-        if result.spec in self._gates and result.status == "completed":
-            why = self._results.closed_gate(result.spec)
-            if why is not None:
-                dropped = self._scheduler.fail(result.spec)
-                return [StoredResult(spec, "infeasible", f"{_GATE}: {why}") for spec in dropped]
-            self._settled.passed.add(result.spec)
-        if result.spec in self._settled:
-            self._scheduler.settle(result.spec)
-            return []
-        why = _ended_without_artifact(self._planned[result.spec].spec.job, result)
-        return [StoredResult(spec, "failed", why) for spec in self._scheduler.fail(result.spec)]
+        self._intake.advance(result.spec for result in results)
 
     def _attempts(
         self, run: _Running, finished: Iterable[Finished], delivery: Delivery | None = None
@@ -367,9 +310,9 @@ class Sweep:
             {
                 "attempt": run.attempt,
                 "pack": str(run.pack.id),
-                "trial": next((trial.trial for trial in self._results.waiting(row.spec)), None),
+                "trial": next(iter(self._intake.trials(row.spec)), None),
                 "spec": row.spec,
-                "job": run.pack.tasks[0].job,
+                "job": run.pack.kind.job,
                 "state": row.state,
                 "reason": row.reason,
                 "worker": run.worker,
@@ -379,9 +322,3 @@ class Sweep:
             }
             for row in finished
         ]
-
-
-def _ended_without_artifact(job: str, result: StoredResult) -> str:
-    return (
-        f"its prerequisite {job} ({result.spec}) ended as {result.status} without artifact: {result.reason}"
-    )

@@ -1,11 +1,14 @@
 """One warm replica that runs orders and writes what comes out. No Ray, no Optuna, no driver state."""
 
+import gc
 import importlib
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +25,7 @@ from storage.store import Part, StoredResult
 
 _FLUSH_SECONDS = 1.0
 _CACHED_ARTIFACTS = 16
+_SHARE_IN_PIECES = 0.3
 
 
 class LoadReplica(Protocol):
@@ -36,7 +40,8 @@ class Worker:
 
     Args:
         folder: The sweep's folder.
-        model: The weights to load, once.
+        model: The weights to load at once; None waits for the first order. An order that runs on others has
+            them loaded in their place.
         device: Where to load them.
         token_budget: Most tokens of one forward pass.
         memory: Bytes for keys, values and activations that are kept; None leaves it to the loader.
@@ -46,7 +51,7 @@ class Worker:
     def __init__(
         self,
         folder: Path,
-        model: ModelRef,
+        model: ModelRef | None,
         *,
         device: str,
         token_budget: int,
@@ -54,12 +59,28 @@ class Worker:
         load: LoadReplica | None = None,
     ) -> None:
         self._folder = folder
-        loader = load or importlib.import_module("jobs.engine.loading").load_replica
-        self._replica = loader(model, device=device, token_budget=token_budget, memory=memory)
+        self._load = load or importlib.import_module("jobs.engine.loading").load_replica
+        self._options: dict[str, Any] = {"device": device, "token_budget": token_budget, "memory": memory}
         self._cache: dict[str, Mapping[str, np.ndarray]] = {}
         self._weights = ExitStack()
         self._tuned: Artifact | None = None
+        self._model: ModelRef | None = None
+        self._replica: Any = None
         self.stop_requested = False
+        if model is not None:
+            self._hold(model)
+
+    def _hold(self, model: ModelRef) -> bool:
+        """Have a model loaded; returns whether that took loading. Its tuning comes with the order."""
+        model = replace(model, tuned="")
+        if model == self._model:
+            return False
+        self._weights.close()
+        self._model = self._tuned = self._replica = None
+        gc.collect()
+        self._replica = self._load(model, **self._options)
+        self._model = model
+        return True
 
     def run(self, order: Order) -> Iterator[Delivery]:
         """Run an order; a delivery follows whenever outcomes have waited a second, and at the end.
@@ -73,6 +94,7 @@ class Worker:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             context = _Context(self, order.artifacts, batch, unanswered)
+            batch.has_loaded = self._hold(order.model)
             self._change_weights(order.tuned)
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
                 if index not in unanswered:
@@ -89,7 +111,7 @@ class Worker:
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - any failure of a job becomes data
-            yield batch.flush(error=_describe(error), out_of_memory=isinstance(error, OutOfMemory))
+            yield batch.flush(error=_describe(error), out_of_memory=_is_out_of_memory(error))
         else:
             yield batch.flush()
         finally:
@@ -153,6 +175,7 @@ class _Batch:
     def __init__(self, folder: Path, started: float) -> None:
         self._folder = folder
         self._started = started
+        self.has_loaded = False
         self._streams: dict[str, dict[str, TableStream]] = {}
         self._clear()
 
@@ -213,7 +236,16 @@ class _Batch:
         part = Part((*files, *self._streamed), tuple(self._results))
         finished = tuple(self._finished)
         self._clear()
-        return Delivery(part, finished, self._started, socket.gethostname(), error, out_of_memory)
+        return Delivery(
+            part,
+            finished,
+            self._started,
+            socket.gethostname(),
+            error,
+            out_of_memory,
+            has_loaded=self.has_loaded,
+            is_worn=out_of_memory and _is_fragmented(),
+        )
 
     def abandon(self) -> None:
         """Drop what was streamed for specs without an outcome."""
@@ -223,6 +255,24 @@ class _Batch:
     def _abandon(self, spec: str) -> None:
         for stream in self._streams.pop(spec, {}).values():
             stream.abandon()
+
+
+def _is_fragmented() -> bool:
+    """Whether much of the GPUs' memory is held and not used: it is in pieces that are too small."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    devices = range(torch.cuda.device_count())
+    held = sum(torch.cuda.memory_reserved(device) for device in devices)
+    used = sum(torch.cuda.memory_allocated(device) for device in devices)
+    return bool(held - used > _SHARE_IN_PIECES * held)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a job did not fit: the engine says so, or torch, whose names for it differ by device."""
+    if isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _describe(error: Exception) -> str:

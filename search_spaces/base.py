@@ -126,21 +126,33 @@ class Constraint:
         return None
 
 
+def broken(constraints: Sequence[Constraint], metrics: Mapping[str, float]) -> str | None:
+    """How metrics break the first constraint that they break; None if they keep all."""
+    return next(filter(None, (each.broken(metrics.get(each.metric)) for each in constraints)), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """A cheaper form of every trial, run first; the trial itself runs only if it keeps the constraints.
+class Stage:
+    """A cheaper form of every trial, run before the trial itself; only what passes goes on.
 
     Attributes:
-        overrides: Job parameter -> the value that makes it cheaper, such as fewer vectors or tokens.
-        constraints: At least one.
+        overrides: Job parameter -> the value that makes it cheaper, such as fewer prompts or tokens.
+        constraints: What its metrics have to keep.
+        keep: Share of the trials of a bracket that go on: the best by the space's objectives as they are in
+            this cheaper form. 1 lets all go on that keep the constraints.
     """
 
     overrides: Mapping[str, Any]
-    constraints: Sequence[Constraint]
+    constraints: Sequence[Constraint] = ()
+    keep: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.overrides or not self.constraints:
-            raise ValueError("a Gate needs overrides that make a trial cheaper, and constraints to keep")
+        if not self.overrides:
+            raise ValueError("a Stage needs overrides that make a trial cheaper")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep}; it takes a share above 0, up to 1")
+        if not self.constraints and self.keep == 1:
+            raise ValueError("a Stage that lets everything pass is in vain; give constraints, keep or both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +166,8 @@ class Space:
         fixed: Job parameter -> its one value; the rest keep the job's defaults.
         objectives: At least one; the first is shown as "best so far".
         constraints: What a trial must keep to be feasible; infeasible ones are never on the front.
-        gate: A cheaper form that every trial has to pass first; None runs each at once.
+        stages: Cheaper forms that every trial has to pass first, in this order; none runs each at once.
+        bracket: Number of trials, in the order of proposals, that a stage compares to keep the best of them.
         sampler: Who proposes configurations.
         trials: How many; None tries every cell of a grid.
     """
@@ -165,7 +178,8 @@ class Space:
     objectives: Sequence[Objective]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     constraints: Sequence[Constraint] = ()
-    gate: Gate | None = None
+    stages: Sequence[Stage] = ()
+    bracket: int = 9
     sampler: Sampler = "tpe"
     trials: int | None = None
 
@@ -193,6 +207,8 @@ class Space:
             raise ValueError(f"objectives {metrics}: each metric once")
         if both := sorted(set(self.parameters) & set(self.fixed)):
             raise ValueError(f"{both} are both parameters and fixed; keep one of them")
+        if self.bracket < 2:
+            raise ValueError(f"bracket={self.bracket}; it takes 2 or more trials to keep the best of them")
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials}; it takes 1 or more")
         if self.sampler == "grid":

@@ -3,7 +3,7 @@
 Meant to be copied: put in other prompts, a larger model's layers, more vectors.
 """
 
-from search_spaces.base import Constraint, Float, Gate, Grid, Objective, Space
+from search_spaces.base import Constraint, Float, Grid, Objective, Space, Stage
 
 SPACE = Space(
     description=(
@@ -27,10 +27,12 @@ SPACE = Space(
         Objective(metric="nll", direction="minimize"),
     ],
     constraints=[Constraint(metric="repetition", most=0.3)],
-    gate=Gate(
-        overrides={"vectors": 4, "max_new_tokens": 10, "read_on": 1, "compare": False},
-        constraints=[Constraint(metric="repetition", most=0.5)],
-    ),
+    stages=[
+        Stage(
+            overrides={"vectors": 4, "max_new_tokens": 10, "read_on": 1, "compare": False},
+            constraints=[Constraint(metric="repetition", most=0.5)],
+        )
+    ],
     sampler="tpe",
     trials=40,
 )

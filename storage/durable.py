@@ -45,14 +45,17 @@ class Log:
         drop_torn_line(path)
 
     def append(self, *events: Mapping[str, Any]) -> None:
-        """Add events and sync once. Raises StoreError if the disk refuses."""
+        """Add events and sync once. Raises StoreError if the disk refuses; nothing is added then."""
         text = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+        before = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as file:
                 file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, before)
             raise StoreError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 

@@ -23,6 +23,7 @@ class Asked:
         seen: Number of trials that the sampler had been told of before; they are told in the order in
             which `trials` was written, so that this many of its first rows were seen.
         fixed: Parameters that were held fixed so that the trial could share a pack.
+        group: Number of the first trial that was asked for together with it.
     """
 
     trial: int
@@ -30,6 +31,7 @@ class Asked:
     spec: Spec
     seen: int
     fixed: tuple[str, ...] = ()
+    group: int
 
 
 class Ledger:
@@ -53,6 +55,7 @@ class Ledger:
                     "spec": asked.spec.to_json(),
                     "seen": asked.seen,
                     "fixed": list(asked.fixed),
+                    "group": asked.group,
                 }
                 for asked in trials
             )
@@ -61,6 +64,10 @@ class Ledger:
     def dispatched(self, attempt: str, worker: str, specs: Iterable[str]) -> None:
         """Record that a worker was given a pack."""
         self._log.append({"event": "dispatched", "attempt": attempt, "worker": worker, "specs": list(specs)})
+
+    def limited(self, job: str, model: str, most: int) -> None:
+        """Record how many rows of a job a replica of a model was found to hold."""
+        self._log.append({"event": "limited", "job": job, "model": model, "most": most})
 
 
 def ledger_path(folder: Path) -> Path:
@@ -77,9 +84,15 @@ def read_asked(folder: Path) -> list[Asked]:
             spec=Spec.from_json(event["spec"]),
             seen=event["seen"],
             fixed=tuple(event["fixed"]),
+            group=event["group"],
         )
         for event in _events(folder, "asked")
     ]
+
+
+def read_limits(folder: Path) -> dict[tuple[str, str], int]:
+    """Job and model -> most rows that a replica was found to hold. Raises as `read_asked` does."""
+    return {(event["job"], event["model"]): event["most"] for event in _events(folder, "limited")}
 
 
 def read_dispatched(folder: Path) -> set[str]:

@@ -129,6 +129,7 @@ class InlinePool:
         self.orders: list[Order] = []
         self.calls = 0
         self.closed = False
+        self.draining = False
         for _ in range(workers):
             self._spawn()
 
@@ -180,8 +181,12 @@ class InlinePool:
 
     def _lose(self, worker: str, reason: str) -> Event:
         del self._busy[worker]
-        self._spawn()
+        if not self.draining:
+            self._spawn()
         return Event(worker, "lost", reason=reason)
+
+    def drain(self) -> None:
+        self.draining = True
 
     def close(self) -> None:
         self.closed = True

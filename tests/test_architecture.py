@@ -36,7 +36,7 @@ ALLOWED = {
     ),
 }
 IMPORTERS = {
-    "ray": {"orchestrator.ray_pool"},
+    "ray": {"orchestrator.ray_pool", "orchestrator.ray_cluster"},
     "optuna": {"orchestrator.sampler"},
     "mlflow": {"storage.mlflow_log"},
     "pyarrow": {"storage.parquet", "storage.query"},
@@ -94,7 +94,10 @@ def test_torch_is_imported_by_jobs_and_by_the_actor_that_sets_its_threads() -> N
     found = {
         name for name, path in MODULES.items() for imported in imports(path) if is_within(imported, "torch")
     }
-    assert {name for name in found if not is_within(name, "jobs")} <= {"orchestrator.ray_pool"}
+    assert {name for name in found if not is_within(name, "jobs")} <= {
+        "orchestrator.ray_pool",
+        "orchestrator.ray_cluster",
+    }
     assert not found & set(LIGHT)
 
 

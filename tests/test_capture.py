@@ -707,7 +707,7 @@ class TestJob:
 
 def order(values: Sequence[Mapping[str, Any]]) -> Order:
     rows = tuple(OrderRow(f"spec{index}", dict(each), 0) for index, each in enumerate(values))
-    return Order(attempt="a", job="jobs.capture", rows=rows, artifacts={})
+    return Order(attempt="a", job="jobs.capture", model=MODEL, rows=rows, artifacts={})
 
 
 def worker_in(folder: Path, replica: Replica) -> Worker:
@@ -791,7 +791,7 @@ class TestStored:
 
         monkeypatch.setattr(fake_job, "run", run)
         asked = tuple(OrderRow(f"spec{row}", {"x": row}, 0) for row in range(4))
-        pack = Order(attempt="a", job="tests.fake_job", rows=asked, artifacts={})
+        pack = Order(attempt="a", job="tests.fake_job", model=MODEL, rows=asked, artifacts={})
         deliveries = list(worker_in(tmp_path, tiny_replica("llama")).run(pack))
         assert "a chunk of activations for row 2; the rows without an outcome are [3]" in str(
             deliveries[-1].error

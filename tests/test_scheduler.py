@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -11,15 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator import scheduler as scheduler_module
-from orchestrator.scheduler import Pack, Scheduler, Task, pack_limit
+from orchestrator.scheduler import Kind, Pack, Scheduler, Task, pack_limit
+
+FAKE = Kind("jobs.fake", "m")
+SOURCE = Kind("jobs.source", "m")
 
 
-def trial(spec: str, *, key: str | None = "k", needs: Sequence[str] = ()) -> Task:
-    return Task(spec=spec, job="jobs.fake", pack_key=key, needs=frozenset(needs), is_trial=True)
+def trial(spec: str, *, key: str | None = "k", needs: Sequence[str] = (), kind: Kind = FAKE) -> Task:
+    return Task(spec=spec, kind=kind, pack_key=key, needs=frozenset(needs), is_trial=True)
 
 
 def source(spec: str, *, needs: Sequence[str] = ()) -> Task:
-    return Task(spec=spec, job="jobs.source", pack_key=None, needs=frozenset(needs), is_trial=False)
+    return Task(spec=spec, kind=SOURCE, pack_key=None, needs=frozenset(needs), is_trial=False)
 
 
 def specs(pack: Pack | None) -> list[str]:
@@ -216,6 +220,51 @@ def test_what_runs_again_goes_before_what_is_new(scheduler: Scheduler) -> None:
     assert [specs(pack) for pack in packs_of(scheduler)] == [["t0", "t1"], ["s"], ["u"]]
 
 
+def test_jobs_take_turns_however_many_packs_of_one_wait(scheduler: Scheduler) -> None:
+    kinds = [Kind("a", "m")] * 6 + [Kind("b", "m")] * 2 + [Kind("c", "m")]
+    for number, kind in enumerate(kinds):
+        scheduler.add([trial(f"{kind.job}{number}", kind=kind)], settled=())
+    assert [specs(pack)[0][0] for pack in packs_of(scheduler)] == list("abcabaaaa")
+
+
+def test_a_worker_is_given_packs_of_another_model_only_when_its_own_has_none(scheduler: Scheduler) -> None:
+    for number in range(6):
+        scheduler.add([trial(f"t{number}", kind=Kind("jobs.fake", "mn"[number % 2]))], settled=())
+    scheduler.add([replace(source("s"), kind=Kind("jobs.source", "m"))], settled=())
+    taken = [scheduler.next_pack("n") for _ in range(7)]
+    assert [specs(pack)[0] for pack in taken] == ["t1", "t3", "t5", "s", "t0", "t2", "t4"]
+
+
+def test_a_pack_that_does_not_fit_is_halved_and_later_ones_are_cut(
+    scheduler: Scheduler,
+) -> None:
+    scheduler.add([trial(f"t{number}") for number in range(7)], settled=())
+    large = scheduler.next_pack()
+    assert large is not None
+    assert scheduler.halve(large)
+    half = scheduler.next_pack()
+    assert specs(half) == ["t0", "t1", "t2"]
+    assert half is not None
+    assert scheduler.halve(half)
+    assert scheduler.limits == {FAKE: 1}
+    scheduler.add([trial(f"u{number}") for number in range(2)], settled=())
+    scheduler.add([trial(f"v{number}", kind=SOURCE) for number in range(2)], settled=())
+    order = [specs(pack) for pack in packs_of(scheduler)]
+    assert sorted(order[:7]) == [[f"t{number}"] for number in range(7)]
+    assert sorted(order[7:]) == [["u0"], ["u1"], ["v0", "v1"]]
+    alone = Pack(id=99, tasks=(trial("w"),))
+    assert not scheduler.halve(alone)
+
+
+def test_a_machine_that_was_taken_away_costs_no_attempt(scheduler: Scheduler) -> None:
+    scheduler.add([trial("a"), trial("b")], settled=())
+    for _ in range(9):
+        pack = scheduler.next_pack()
+        assert pack is not None
+        assert (specs(pack), pack.attempt) == (["a", "b"], 1)
+        assert scheduler.lost(pack, counts=False)
+
+
 def test_a_failing_prerequisite_drops_all_that_need_it_and_nothing_else(scheduler: Scheduler) -> None:
     scheduler.add([source("a")], settled=())
     scheduler.add([source("b", needs="a")], settled=())
@@ -252,7 +301,7 @@ def test_decisions_depend_on_nothing_but_the_calls() -> None:
     # Neither clock nor chance nor I/O is at hand: this is all that the module can reach.
     tree = ast.parse(inspect.getsource(scheduler_module))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"collections", "collections.abc", "dataclasses"}
+    assert imported == {"collections", "collections.abc", "dataclasses", "typing"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
 
     def decide() -> list[list[str]]:
@@ -289,6 +338,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.running: list[Pack] = []
         self.again: list[Pack] = []
         self.dispatched: Counter[str] = Counter()
+        self.limit = NODES
 
     @property
     def open(self) -> set[str]:
@@ -309,7 +359,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _make(self, node: int, *, is_trial: bool) -> Task:
         needs = frozenset(f"n{need}" for need in self.needs[node])
         key = self.keys[node]
-        return Task(spec=f"n{node}", job="jobs.fake", pack_key=key, needs=needs, is_trial=is_trial)
+        return Task(spec=f"n{node}", kind=FAKE, pack_key=key, needs=needs, is_trial=is_trial)
 
     def _is_hopeless(self, node: int) -> bool:
         """Whether something under it has ended without an artifact."""
@@ -369,10 +419,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self._can_run(set(inside))
         if self.again:
             wanted = self.again.pop(0)
-            assert (pack.tasks, pack.attempt) == (wanted.tasks, wanted.attempt)
+            fits, rest = wanted.tasks[: self.limit], wanted.tasks[self.limit :]
+            assert (pack.tasks, pack.attempt) == (fits, wanted.attempt)
+            if rest:
+                self.again.insert(0, Pack(id=-1, tasks=rest, attempt=wanted.attempt))
         else:
             assert pack.attempt == 1
-            assert set(inside) in (sources or trials), "prerequisites first, then packs as they were added"
+            [whole] = [group for group in (sources or trials) if set(inside) <= group]
+            in_order = [spec for spec in self.tasks if spec in whole]
+            assert inside == in_order[: self.limit], "prerequisites first, then packs as they were added"
+            for part in (inside, in_order[self.limit :]):
+                self.company |= {spec: frozenset(part) for spec in part}
             assert len({task.pack_key for task in pack.tasks}) == 1
             assert len(inside) == 1 or pack.tasks[0].pack_key is not None
         self.dispatched.update(inside)
@@ -438,6 +495,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             for row in rows:
                 self._end(row.spec, with_artifact=False)
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def overflow(self, data: st.DataObject) -> None:
+        pack = self._take(data)
+        self.running.remove(pack)
+        rows = self._unfinished(pack)
+        if self.scheduler.halve(pack):
+            half = len(pack.tasks) // 2
+            self.limit = min(self.limit, half)
+            self.again += [
+                Pack(id=-1, tasks=rows[start : start + half]) for start in range(0, len(rows), half)
+            ]
+        else:
+            assert len(pack.tasks) == 1
+            for row in rows:
+                self._end(row.spec, with_artifact=False)
+
     @invariant()
     def accounts_agree(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -447,7 +521,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = [*self._groups(trials=False), *self._groups(trials=True)]
         assert self.scheduler.runnable == len(self.again) + sum(map(self._can_run, waiting))
         assert self.scheduler.blocked == sum(not self._can_run(one) for one in self._groups(trials=True))
-        assert all(times <= 2 * self.max_attempts for times in self.dispatched.values())
+        assert all(times <= 6 * self.max_attempts for times in self.dispatched.values())
 
     def teardown(self) -> None:
         """From wherever it stands, a driver whose workers live brings everything to its end."""

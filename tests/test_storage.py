@@ -595,7 +595,8 @@ def test_an_artifact_on_a_full_disk_leaves_nothing_behind(
 
 def asked(trial: int, **params: Any) -> Asked:
     spec = Spec(job="tests.fake_job", code="c", params=params, model=ModelRef(id="m"), data={}, seed=0)
-    return Asked(trial=trial, params=params, spec=spec, seen=trial, fixed=("x",) if trial else ())
+    fixed = ("x",) if trial else ()
+    return Asked(trial=trial, params=params, spec=spec, seen=trial, fixed=fixed, group=0)
 
 
 def test_the_ledger_gives_back_what_was_asked_and_what_was_dispatched(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def drive(
     max_pack: int = 4,
     sampler: str | None = None,
     on_result: Callable[[], None] = lambda: None,
-    check_stop: Callable[[], None] = lambda: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
     pool: InlinePool | None = None,
     reuse: Sequence[Path] = (),
     **pool_options: Any,
@@ -97,7 +97,7 @@ def drive(
         pool=pool,
         donors=Donors(reuse),
         progress=SilentProgress(),
-        check_stop=check_stop,
+        is_asked_to_stop=is_asked_to_stop,
         on_result=on_result,
     )
     return Driven(sweep.run(), pool)
@@ -537,7 +537,7 @@ def test_a_pack_that_keeps_killing_its_workers_is_given_up_with_the_reason(tmp_p
     for row in rows:
         assert tries[row["spec"]] <= 3
         if row["state"] == "failed":
-            assert row["reason"].startswith("lost: 3 workers died")
+            assert row["reason"].startswith("quarantined: 3 workers died")
             assert "told to die" in row["reason"]
             assert tries[row["spec"]] == 3
     states = open_sweep(tmp_path).rows(
@@ -878,26 +878,37 @@ def test_a_ledger_that_was_lost_is_not_taken_for_an_empty_one(tmp_path: Path) ->
         drive(tmp_path, space, trials=2)
 
 
-def test_a_request_to_stop_that_a_library_swallows_is_not_lost() -> None:
+def test_the_first_request_to_stop_is_asked_and_a_second_one_that_a_library_swallows_is_not_lost() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stoppable() as interrupts:
-        interrupts.check()
+        assert not interrupts.is_asked_to_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.is_asked_to_stop()
         with suppress(KeyboardInterrupt):  # as a callback of a library would
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
+            interrupts.is_asked_to_stop()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_sweep_that_is_asked_to_stop_stops_and_goes_on_later(tmp_path: Path) -> None:
-    space = make_space({"x": Grid([1, 2, 3, 4])})
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("max_pack", [1, 4])
+def test_a_sweep_that_is_asked_to_stop_sees_what_runs_to_its_end_and_goes_on_later(
+    tmp_path: Path, max_pack: int
+) -> None:
+    space = make_space({"x": Grid(list(range(1, 41)))})
+    asked: list[bool] = []
 
-    def stop() -> None:
-        if Store(tmp_path).rows("trials"):
-            raise KeyboardInterrupt
+    def is_asked_to_stop() -> bool:
+        asked.append(bool(Store(tmp_path).rows("trials")))
+        return asked[-1]
 
-    with pytest.raises(KeyboardInterrupt):
-        drive(tmp_path, space, trials=4, check_stop=stop)
-    assert 0 < len(Store(tmp_path).rows("trials")) < 4
-    drive(tmp_path, space, trials=4)
-    check_ended(tmp_path, space, trials=4)
+    driven = drive(tmp_path, space, trials=40, max_pack=max_pack, is_asked_to_stop=is_asked_to_stop)
+    assert driven.tally.is_stopping
+    ended = [row["x"] for row in trials_of(tmp_path)]
+    assert 0 < len(ended) < 40
+    begun = {row["x"] for order in driven.pool.orders for row in (each.params for each in order.rows)}
+    assert set(ended) == begun
+    drive(tmp_path, space, trials=40)
+    check_ended(tmp_path, space, trials=40)
+    assert all(count == 1 for count in Counter(params.x for params in fake_job.RAN).values())

@@ -1,0 +1,92 @@
+"""Inside a block there is a Ray: a running cluster, or one of its own."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
+
+from jobs.errors import SpecError
+from orchestrator.config import RunConfig
+
+_CONNECT_SECONDS = 5.0
+
+
+@contextmanager
+def connected(config: RunConfig, address: str | None) -> Iterator[None]:
+    """Inside the block there is a Ray: a running cluster, or one of its own as large as the workers need.
+
+    Args:
+        config: Number and size of the workers.
+        address: host:port of a running head, or `auto`; None starts a local Ray.
+
+    Raises:
+        SpecError: If there is no cluster at the address, or this machine has too few GPUs.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
+        common |= {"num_cpus": cpus, "include_dashboard": False}
+    else:
+        if address != "auto":
+            _check_listening(address)
+        # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=address or "local", **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
+    try:
+        if address is None:
+            _check_gpus(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_gpus(config: RunConfig) -> None:
+    """Ray would wait for a GPU for ever; a cluster may still grow one, this machine will not."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wanted, found = config.workers * config.gpus_per_worker, resources.get("GPU", 0)
+    if wanted > found:
+        raise SpecError(
+            f"workers={config.workers} with gpus_per_worker={config.gpus_per_worker:g}: this machine has "
+            f"{found:g} GPUs; give fewer, or the --address of a cluster"
+        )
+
+
+_ADDRESS_HINT = (
+    "give host:port of a running head, such as 127.0.0.1:6379, or leave --address out to use this machine"
+)
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself would wait for minutes where nothing listens, or another program does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.sendall(_HTTP2_GREETING)
+            answer = connection.recv(_HTTP2_FRAME_HEADER_BYTES)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"no Ray cluster answers at {address!r} ({error}); {_ADDRESS_HINT}") from error
+    if len(answer) < _HTTP2_FRAME_HEADER_BYTES or answer[3] != _HTTP2_SETTINGS:
+        raise SpecError(f"what answers at {address!r} is no Ray head; {_ADDRESS_HINT}")
+
+
+# A Ray head speaks gRPC, and a gRPC server answers this greeting with a frame of settings (RFC 9113, 3.4).
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_FRAME_HEADER_BYTES = 9
+_HTTP2_SETTINGS = 4
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
