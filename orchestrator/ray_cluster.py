@@ -52,6 +52,19 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def has_died() -> bool:
+    """Whether a Ray that this process has started is gone; every call of Ray's would wait for it then."""
+    node = ray._private.worker._global_node
+    return node is not None and any(kind in ("gcs_server", "raylet") for kind, _ in node.dead_processes())
+
+
+def draining_nodes() -> set[str]:
+    """Nodes of a running cluster that are about to be taken away. Ray tells only its own libraries."""
+    node = ray._private.worker._global_node
+    is_own = node is not None and node.head
+    return set() if is_own else set(ray._private.state.state.get_draining_nodes())
+
+
 def _check_gpus(config: RunConfig) -> None:
     """Ray would wait for a GPU for ever; a cluster may still grow one, this machine will not."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

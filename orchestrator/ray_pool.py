@@ -19,6 +19,7 @@ from jobs.errors import ModelError, SteersweepError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
+from orchestrator.ray_cluster import draining_nodes, has_died
 from orchestrator.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,14 @@ class RayPool:
         self._numbers = iter(range(10**9))
         self._is_draining = False
         self._began = self._watched = time.monotonic()
-        for _ in range(config.workers):
+        self._replenish()
+
+    def _replenish(self) -> None:
+        """Start workers in the place of those that are gone."""
+        while len(self._members) < self._config.workers and not self._is_draining:
             self._spawn()
 
     def _spawn(self) -> None:
-        if self._is_draining:
-            return
         config = self._config
         avoided = {_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
         actor_type = _ACTOR.options(
@@ -164,9 +167,12 @@ class RayPool:
 
         Raises:
             ModelError: If a worker cannot load the model.
-            SteersweepError: If workers die one after the other and none gives a delivery, or no machine can
-                hold one.
+            SteersweepError: If workers die one after the other and none gives a delivery, no machine can hold
+                one, or Ray itself has died.
         """
+        if has_died():
+            return self._end_all()
+        self._replenish()
         events = self._watch()
         if not self._awaited:
             time.sleep(timeout_seconds)
@@ -180,6 +186,14 @@ class RayPool:
                 events += self._news(reference, *awaited)
         return events
 
+    def _end_all(self) -> list[Event]:
+        """Ray has died, and every worker with it."""
+        names = list(self._members)
+        self._members.clear()
+        if not self._is_draining:
+            raise SteersweepError("Ray has died under the sweep; `steersweep resume` goes on from here")
+        return [Event(name, "lost", reason="Ray has died", is_fault=False) for name in names]
+
     def _news(self, reference: Any, worker: str, is_order: bool) -> list[Event]:
         try:
             return self._delivered(reference, worker) if is_order else self._answered(reference, worker)
@@ -189,11 +203,11 @@ class RayPool:
             is_fault = not error.preempted and _NODE_DIED not in str(error)
             return [self._lost(worker, str(error).strip(), is_fault=is_fault)]
         except RayActorError as error:
-            return [self._lost(worker, str(error).strip())]
+            return [self._let_go(worker, str(error).strip())]
         except RayTaskError as error:
             if isinstance(error.cause, SteersweepError):
                 raise error.cause from error
-            return [self._lost(worker, str(error).strip())]
+            return [self._let_go(worker, str(error).strip())]
 
     def _answered(self, reference: Any, worker: str) -> list[Event]:
         member = self._members[worker]
@@ -226,7 +240,7 @@ class RayPool:
             return []
         self._watched = now
         self._check_machines(now)
-        drained = _draining_nodes()
+        drained = set() if self._is_draining else draining_nodes()
         events = []
         for worker, member in list(self._members.items()):
             if member.node is None:
@@ -237,7 +251,7 @@ class RayPool:
             if member.node in drained:
                 member.leaves = "its machine is taken away"
             if (why := self._silence(member, now)) is not None:
-                events.append(self._lost(worker, why))
+                events.append(self._let_go(worker, why))
             else:
                 events += self._leave(worker)
         return events
@@ -256,14 +270,17 @@ class RayPool:
         member = self._members[worker]
         if member.leaves is None or member.busy is not None:
             return []
-        return [self._lost(worker, member.leaves, is_fault=False)]
+        return [self._let_go(worker, member.leaves, is_fault=False)]
+
+    def _let_go(self, worker: str, reason: str, *, is_fault: bool = True) -> Event:
+        """End a worker that may still be alive."""
+        ray.kill(self._members[worker].actor)
+        return self._lost(worker, reason, is_fault=is_fault)
 
     def _lost(self, worker: str, reason: str, *, is_fault: bool = True) -> Event:
         member = self._members.pop(worker)
-        ray.kill(member.actor)
         if is_fault:
             self._count_death(member.node, reason)
-        self._spawn()
         return Event(worker, "lost", reason=reason, is_fault=is_fault)
 
     def _count_death(self, node: str | None, reason: str) -> None:
@@ -317,13 +334,8 @@ class RayPool:
 
     def close(self) -> None:
         """Let the actors go. Closing again does nothing."""
-        while self._members:
+        while self._members and not has_died():
             ray.kill(self._members.popitem()[1].actor)
-
-
-def _draining_nodes() -> set[str]:
-    """Nodes that are about to be taken away. Ray tells its own libraries so, and nobody else."""
-    return set(ray._private.state.state.get_draining_nodes())
 
 
 def _last_line(error: Exception) -> str:
