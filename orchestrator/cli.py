@@ -74,6 +74,9 @@ def run(
 @app.command()
 def resume(
     folder: Folder,
+    trials: Annotated[
+        str | None, typer.Option(help="Number of trials to have in the end, or +N for so many more.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Replicas from now on.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -85,6 +88,7 @@ def resume(
 ) -> None:
     """Go on with a sweep that was stopped, with the space and configuration it was started with."""
     from orchestrator.config import split_settings
+    from orchestrator.folder import extend
     from orchestrator.launch import load_kept
 
     fields, fixed = split_settings(settings or [])
@@ -92,7 +96,30 @@ def resume(
         raise SpecError(f"--set space.{next(iter(fixed))}: a sweep keeps its space; start another with `run`")
     changes = fields if workers is None else {**fields, "workers": workers}
     file, config = load_kept(folder, **changes)
+    if trials is not None:
+        config = extend(folder, file.space, config, trials)
     _drive(file, config, folder, reuse or (), address, as_json)
+
+
+@app.command()
+def retry(
+    folder: Folder,
+    state: Annotated[str, typer.Option(help="Which trials: failed.")] = "failed",
+    trials: Annotated[
+        list[int] | None, typer.Option("--trial", help="Only this one; may be given several times.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Replicas from now on.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Let trials that have failed, and what they required and failed, run again."""
+    from orchestrator.launch import load_kept, withdraw_failed
+
+    if state != "failed":
+        raise SpecError(f"--state {state!r}; only trials that failed can be tried again: give failed")
+    file, config = load_kept(folder, **({} if workers is None else {"workers": workers}))
+    withdraw_failed(folder, trials)
+    _drive(file, config, folder, (), address, as_json)
 
 
 def _drive(
@@ -124,7 +151,19 @@ def _drive(
     raise typer.Exit(1 if summary["failed"] else 0)
 
 
-for command in (kept.status, kept.pareto, kept.query, kept.score, kept.vectors, kept.report, kept.ui):
+for command in (
+    *(
+        kept.status,
+        kept.pareto,
+        kept.query,
+        kept.logs,
+        kept.doctor,
+        kept.score,
+        kept.vectors,
+        kept.report,
+        kept.ui,
+    ),
+):
     app.command()(command)
 app.command("jobs")(shipped.list_jobs)
 

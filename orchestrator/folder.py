@@ -16,7 +16,9 @@ from orchestrator.config import RunConfig
 from orchestrator.planning import planned_trials
 from orchestrator.provenance import provenance
 from orchestrator.space_file import SpaceFile, column_types, data_grids
+from search_spaces.base import Space
 from storage.durable import StoreError, publish
+from storage.ledger import read_asked
 from storage.lock import driver, driving
 from storage.query import read_identity
 
@@ -82,6 +84,33 @@ def claimed(folder: Path, file: SpaceFile, config: RunConfig) -> Iterator[None]:
                 raise SpecError(f"{folder} cannot be made: {why}; mend that or give another --out") from error
             raise
         yield
+
+
+def extend(folder: Path, space: Space, config: RunConfig, trials: str) -> RunConfig:
+    """Let a sweep have another number of trials in the end; gives the configuration that says so.
+
+    Args:
+        folder: The sweep's folder.
+        space: What is tried.
+        config: How it is run.
+        trials: The number, or +N for so many more.
+
+    Raises:
+        SpecError: If it is no number, fewer than were asked for already, or more than the grid has.
+    """
+    with driving(folder):
+        identity = read_identity(folder)
+        if not trials.removeprefix("+").isdecimal():
+            raise SpecError(f"--trials {trials!r}; give a number such as 100, or +50 for so many more")
+        wanted = int(trials) + (identity["trials"] if trials.startswith("+") else 0)
+        if wanted < (asked := len(read_asked(folder))):
+            raise SpecError(f"--trials {trials}: {asked} trials were asked for already; give more")
+        config = RunConfig(**config.model_dump() | {"trials": wanted})
+        if (most := planned_trials(space, config)) < wanted:
+            raise SpecError(f"--trials {trials}: the grid has {most} cells, and no more trials than that")
+        kept = {**identity, "config": {**identity["config"], "trials": wanted}, "trials": wanted}
+        publish(folder / "sweep.json", json.dumps(kept, indent=1).encode())
+    return config
 
 
 def _claim(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> None:

@@ -14,12 +14,13 @@ class Journal:
     a trial. Here they wait for `flush`; what a killed driver had not flushed is told or asked again.
 
     Args:
-        path: The file; made if it is not there, cut back to its last whole line if it is torn.
+        path: The file; it need not be there. Nothing is written before the first `flush`, which cuts a torn
+            last line off.
     """
 
     def __init__(self, path: Path) -> None:
-        self._log = Log(path)
-        path.touch()
+        self._path = path
+        self._log: Log | None = None
         self._unread: list[Mapping[str, Any]] = list(read_log(path))
         self._first_unread = 0
         self._unwritten: list[Mapping[str, Any]] = []
@@ -39,5 +40,6 @@ class Journal:
     def flush(self) -> None:
         """Write what waits, and sync once. Raises StoreError if the disk refuses; it waits on then."""
         if self._unwritten:
+            self._log = self._log or Log(self._path)
             self._log.append(*self._unwritten)
             self._unwritten.clear()

@@ -37,6 +37,46 @@ def status(folder: Folder, as_json: Json = False) -> None:
         say(f"trial {failure['trial']}: {failure['reason']}")
 
 
+def logs(
+    folder: Folder,
+    trial: Annotated[str, typer.Argument(help="Number of a trial, or the beginning of a spec's id.")],
+    lines: Annotated[int, typer.Option(min=0, help="Most lines of what the worker said.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Every try at a trial: where it ran, how it ended, its traceback, and the last lines of its worker."""
+    from orchestrator.worker_logs import attempts_of
+
+    found = attempts_of(folder, trial, lines=lines)
+    if as_json:
+        print_json({"attempts": found})
+        return
+    for each in found:
+        where = " on ".join(filter(None, (each["worker"], each["host"], each["device"])))
+        say(f"attempt {each['attempt']} of {each['job']} ({each['spec']}): {each['state']}")
+        say(f"  {where}, {each['seconds']:.1f} s")
+        for line in [*(each["reason"] or "").splitlines(), *each["lines"]]:
+            say(f"  {line}")
+
+
+def doctor(
+    folder: Folder,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare ledger, study, tables, artifacts and MLflow of a sweep that nobody drives."""
+    from orchestrator.doctor import examine
+
+    found = examine(folder, repair=repair)
+    if as_json:
+        print_json(found)
+    else:
+        for each in found["findings"]:
+            mended, examples = ", mended" if each["is_mended"] else "", "; ".join(each["examples"])
+            say(f"{each['where']}: {each['what']}, {each['count']} in all{mended}: {examples}")
+        say("consistent" if found["consistent"] else "not consistent; --repair mends what can be mended")
+    raise typer.Exit(0 if found["consistent"] else 1)
+
+
 def pareto(folder: Folder, as_json: Json = False) -> None:
     """The trials that no other trial dominates, with the report split beside the select split."""
     from storage.pareto import pareto as find_pareto

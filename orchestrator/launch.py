@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from jobs.errors import SpecError
+from jobs.spec import Status
 from orchestrator.config import RunConfig, make_config
 from orchestrator.folder import check_free, claimed
 from orchestrator.interrupts import Interrupts, stoppable
@@ -24,8 +26,10 @@ from search_spaces.base import Grid, Space
 from storage.background_mirror import BackgroundMirror
 from storage.donors import Donors
 from storage.ledger import read_asked
+from storage.lock import driving
 from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep, read_identity
+from storage.store import Store
 
 
 def run_sweep(
@@ -107,13 +111,7 @@ def _drive(
     interrupts: Interrupts,
 ) -> None:
     folder = stored.folder
-    sampler = OptunaSampler(
-        space,
-        name=config.sampler or space.sampler,
-        seed=config.seed,
-        journal=folder / "optuna.journal",
-        study=stored.identity["sweep"],
-    )
+    sampler = open_sampler(folder, space, config)
     pool = RayPool(folder, config, config.model_ref)
     mirror = BackgroundMirror(folder, config.mlflow)
     kept: list[Path] = []
@@ -142,6 +140,46 @@ def _drive(
     finally:
         pool.close()
         mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
+
+
+def open_sampler(folder: Path, space: Space, config: RunConfig) -> OptunaSampler:
+    """The sampler of a folder's sweep, with what it was asked and told."""
+    return OptunaSampler(
+        space,
+        name=config.sampler or space.sampler,
+        seed=config.seed,
+        journal=journal_path(folder),
+        study=read_identity(folder)["sweep"],
+    )
+
+
+def journal_path(folder: Path) -> Path:
+    """File of a sweep's study."""
+    return folder / "optuna.journal"
+
+
+def withdraw_failed(folder: Path, trials: Sequence[int] | None) -> None:
+    """Let failed results of a sweep not count any more: `run_sweep` computes them again.
+
+    Args:
+        folder: The sweep's folder.
+        trials: Which ones; None = all. What other specs such as prerequisites have failed goes with them.
+
+    Raises:
+        SpecError: If one of the trials has not failed, or somebody drives the sweep.
+    """
+    with driving(folder):
+        store = Store(folder)
+        specs = {row["trial"]: row["spec"] for row in store.rows("trials")}
+        failed = {spec for spec, result in store.results.items() if result.status == Status.FAILED}
+        if wrong := [trial for trial in trials or () if specs.get(trial) not in failed]:
+            raise SpecError(
+                f"trials {wrong} have not failed; `steersweep status {folder}` names those that have"
+            )
+        kept = set() if trials is None else set(specs.values()) - {specs[trial] for trial in trials}
+        if again := sorted(failed - kept):
+            store.withdraw(again)
+            (folder / "report" / "index.html").unlink(missing_ok=True)
 
 
 def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:

@@ -67,6 +67,7 @@ class Delivery:
         finished: The rows that they hold.
         started: When the order was taken, in s since 1970.
         host: The worker's machine.
+        device: What its replica is on.
         error: The last delivery of an order that raised: one line and the traceback. The rows that had
             no outcome yet are not in `finished`.
         out_of_memory: Whether the error was that the pack does not fit.
@@ -78,6 +79,7 @@ class Delivery:
     finished: tuple[Finished, ...]
     started: float
     host: str
+    device: str = ""
     error: str | None = None
     out_of_memory: bool = False
     has_loaded: bool = False

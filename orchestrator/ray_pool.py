@@ -21,6 +21,7 @@ from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.ray_cluster import draining_nodes, has_died
 from orchestrator.worker import Worker
+from orchestrator.worker_logs import worker_log
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ class WorkerActor:
         folder: str,
         model: ModelRef | None,
         *,
+        name: str,
         cpus: int,
         gpus: float,
         token_budget: int,
         memory: int | None,
     ) -> None:
+        _write_output_to(worker_log(Path(folder), name))
         logging.basicConfig(level=logging.WARNING)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import torch
@@ -60,6 +63,15 @@ class WorkerActor:
     def run(self, order: Order) -> Iterator[Delivery]:
         """Deliveries of an order, each as soon as it is written."""
         yield from self._worker.run(order)
+
+
+def _write_output_to(path: Path) -> None:
+    """Send what this process says to a file, also what libraries in other languages say."""
+    path.parent.mkdir(exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
 
 
 _remote: Any = ray.remote  # its types do not know of concurrency groups
@@ -140,6 +152,7 @@ class RayPool:
         actor = actor_type.remote(
             str(self._folder),
             self._model,
+            name=name,
             cpus=config.cpus_per_worker,
             gpus=config.gpus_per_worker,
             token_budget=config.token_budget,

@@ -10,7 +10,7 @@ from typing import Any
 from jobs.spec import Spec, Status, choosing_split, is_defined
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
-from orchestrator.sampler import OptunaSampler
+from orchestrator.sampler import Ended, OptunaSampler
 from search_spaces.base import Space, broken
 from storage.artifacts import Artifact
 from storage.donors import Donors
@@ -85,7 +85,7 @@ class Results:
         """A trial that an earlier driver stored; it may have died before telling."""
         self._ended.add(row["trial"])
         self._first_trial.setdefault(row["spec"], row["trial"])
-        self._tell(row["trial"], row["spec"], row["state"])
+        self._tell(row)
 
     def learn(self, finished: Iterable[Finished]) -> None:
         """Note the metrics and artifacts of rows that are about to be accepted."""
@@ -143,7 +143,7 @@ class Results:
         self._store.commit([part], trials=new.trials, attempts=new.attempts)
         self._new = _New()
         for row in new.trials:
-            self._tell(row["trial"], row["spec"], row["state"])
+            self._tell(row)
 
     def take_over(self, spec: Spec, donors: Donors) -> bool:
         """Take a prerequisite's artifact from another sweep. Returns whether one has it."""
@@ -205,9 +205,14 @@ class Results:
             "params": json.dumps(dict(trial.params)),
         }
 
-    def _tell(self, trial: int, spec: str, status: str) -> None:
-        values = None if status == Status.FAILED else self._objectives(spec)
-        self._sampler.tell(trial, Status(status), values)
+    def end_of(self, row: Mapping[str, Any]) -> Ended:
+        """How the trial of a row of `trials` ended, as the sampler is told."""
+        failed = row["state"] == Status.FAILED
+        return Ended(Status(row["state"]), None if failed else self._objectives(row["spec"]))
+
+    def _tell(self, row: Mapping[str, Any]) -> None:
+        trial, (status, values) = row["trial"], self.end_of(row)
+        self._sampler.tell(trial, status, values)
         self._tally.count(status)
         if status == Status.COMPLETED and values is not None:
             self._note_best(trial, values[0])

@@ -1,6 +1,7 @@
 """Proposals from Optuna by ask and tell. The only importer of optuna."""
 
 import hashlib
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,19 @@ class Proposal(NamedTuple):
     fixed: tuple[str, ...] = ()
 
 
+class Ended(NamedTuple):
+    """How a trial has ended.
+
+    Attributes:
+        status: Failed teaches the sampler nothing, infeasible that a constraint said no.
+        values: The objectives, all finite; None if not all are defined, which only a completed trial may not
+            have.
+    """
+
+    status: Status
+    values: Sequence[float] | None = None
+
+
 class OptunaSampler:
     """One study in a journal file, asked and told by one driver.
 
@@ -56,14 +70,12 @@ class OptunaSampler:
         self._name = name
         self._seed = seed
         self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
-        self._journal = Journal(journal)
-        self._study = optuna.create_study(
-            storage=JournalStorage(cast(BaseJournalBackend, self._journal)),
-            study_name=study,
-            directions=[objective.direction for objective in space.objectives],
-            load_if_exists=True,
-        )
-        self._study.set_metric_names([objective.metric for objective in space.objectives])
+        self._path = journal
+        self._study_name = study
+        self._open()
+
+    def _open(self) -> None:
+        self._journal, self._study = _open_study(self._path, self._study_name, self._space)
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
@@ -98,15 +110,70 @@ class OptunaSampler:
                 adopted.append(Proposal(trial.number, self._plain(trial), len(self._ended)))
         return adopted
 
-    def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
-        """Report how a trial ended; telling it again changes nothing.
+    def disagreements(
+        self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]
+    ) -> dict[int, str]:
+        """Where the study says something else than what is kept, as no death of a driver leaves it.
+
+        A trial that has ended and was not told yet is none.
 
         Args:
-            trial: Its number.
-            status: Failed teaches the sampler nothing, infeasible that a constraint said no.
-            values: The objectives, all finite; None if not all are defined, which only a completed trial
-                may not have.
+            asked: Trial -> its parameters.
+            ended: Trial -> how it ended, for those that have.
+
+        Returns:
+            Trial -> what is wrong.
         """
+        study = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        wrong: dict[int, str] = {}
+        for number, params in asked.items():
+            found = study.get(number)
+            if found is None:
+                wrong[number] = "the study lacks it"
+            elif found.params != params:
+                wrong[number] = f"the study has it with {found.params}, the ledger with {dict(params)}"
+            elif found.state.is_finished() and number not in ended:
+                wrong[number] = f"the study has it as {found.state.name}, and it has no result"
+            elif found.state.is_finished() and found.state != _state(ended[number]):
+                wrong[number] = (
+                    f"the study has it as {found.state.name}, its result is {ended[number].status}"
+                )
+            elif found.state == TrialState.COMPLETE and found.values != list(ended[number].values or ()):
+                wrong[number] = f"the study has its objectives as {found.values}"
+        return wrong
+
+    def untold(self, ended: Mapping[int, Ended]) -> list[int]:
+        """Trials that have ended and that the study has as running."""
+        return sorted(ended.keys() - self._ended)
+
+    def restate(self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]) -> None:
+        """Write the study anew from what is kept, whole or not at all. Arguments as for `disagreements`.
+
+        Raises:
+            StoreError: If the disk refuses.
+        """
+        attributes = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
+        journal, study = _open_study(staging, self._study_name, self._space)
+        for number, params in sorted(asked.items()):
+            before = attributes.get(number)
+            end = ended.get(number)
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.RUNNING if end is None else _state(end),
+                    params=dict(params),
+                    distributions=self._distributions,
+                    values=None if end is None or _state(end) != TrialState.COMPLETE else end.values,
+                    constraints=_INFEASIBLE if end is not None and end.status == Status.INFEASIBLE else None,
+                    system_attrs=None if before is None else before.system_attrs,
+                )
+            )
+        journal.flush()
+        staging.replace(self._path)
+        self._open()
+
+    def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
+        """Report how a trial ended, as `Ended` says; telling it again changes nothing."""
         if trial in self._ended:
             return
         if status == Status.INFEASIBLE:
@@ -127,7 +194,8 @@ class OptunaSampler:
     def _set_infeasible(self, number: int) -> None:
         trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         if not trial.constraints:
-            trial.set_constraint("infeasible", 1.0)
+            [(name, value)] = _INFEASIBLE.items()
+            trial.set_constraint(name, value)
 
     def _plain(self, trial: Trial) -> dict[str, Any]:
         return {name: trial.params[name] for name in self._distributions}
@@ -137,6 +205,27 @@ class OptunaSampler:
             fixed = grid_cell(self._space, number)
         sampler = _free_sampler(self._name, _derived_seed(self._seed, number))
         return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
+
+
+_INFEASIBLE = {"infeasible": 1.0}
+
+
+def _state(end: Ended) -> TrialState:
+    if end.status == Status.FAILED:
+        return TrialState.FAIL
+    return TrialState.PRUNED if end.values is None else TrialState.COMPLETE
+
+
+def _open_study(path: Path, name: str, space: Space) -> tuple[Journal, optuna.Study]:
+    journal = Journal(path)
+    study = optuna.create_study(
+        storage=JournalStorage(cast(BaseJournalBackend, journal)),
+        study_name=name,
+        directions=[objective.direction for objective in space.objectives],
+        load_if_exists=True,
+    )
+    study.set_metric_names([objective.metric for objective in space.objectives])
+    return journal, study
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

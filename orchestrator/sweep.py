@@ -144,6 +144,10 @@ class Sweep:
         self._scheduler.limits |= {
             Kind(*kind): most for kind, most in read_limits(self._store.folder).items()
         }
+        params = {trial.trial: trial.params for trial in asked}
+        ends = {number: self._results.end_of(row) for number, row in ended.items()}
+        if self._sampler.disagreements(params, ends):
+            self._sampler.restate(params, ends)
         self._ledger.taken_over()
         if adopted := self._record(self._sampler.adopt([trial.trial for trial in asked])):
             self._ledger.asked(adopted)
@@ -317,6 +321,8 @@ class Sweep:
                 "reason": row.reason,
                 "worker": run.worker,
                 "host": delivery.host if delivery is not None else None,
+                "device": delivery.device if delivery is not None else None,
+                "loaded": int(delivery is not None and delivery.has_loaded),
                 "started": delivery.started if delivery is not None else run.dispatched,
                 "finished": row.at,
             }

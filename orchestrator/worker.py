@@ -89,12 +89,14 @@ class Worker:
             StoreError: If the folder cannot be written or an artifact is not what was stored.
         """
         started = time.time()
+        print(attempt_line(order.attempt), file=sys.stderr, flush=True)  # noqa: T201 - parts the worker's log
         batch = _Batch(self._folder, started)
         try:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             context = _Context(self, order.artifacts, batch, unanswered)
             batch.has_loaded = self._hold(order.model)
+            batch.device = str(getattr(self._replica, "device", ""))
             self._change_weights(order.tuned)
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
                 if index not in unanswered:
@@ -137,6 +139,11 @@ class Worker:
         return arrays
 
 
+def attempt_line(attempt: str) -> str:
+    """The line of a worker's log behind which what an attempt has said begins."""
+    return f"=== attempt {attempt}"
+
+
 class _Context:
     """What a running job may ask for (`jobs.spec.Context`)."""
 
@@ -176,6 +183,7 @@ class _Batch:
         self._folder = folder
         self._started = started
         self.has_loaded = False
+        self.device = ""
         self._streams: dict[str, dict[str, TableStream]] = {}
         self._clear()
 
@@ -196,10 +204,15 @@ class _Batch:
     def add(self, spec: str, job: str, outcome: Outcome) -> None:
         """Take all of an outcome, or raise and take nothing if it cannot be stored.
 
-        What was streamed for a row that failed is dropped.
+        Of a row that failed only the reason is kept.
         """
         now = time.time()
-        state = "failed" if outcome.status == "failed" else "ok"
+        result = StoredResult(spec, str(outcome.status), outcome.reason)
+        if outcome.status == "failed":
+            self._abandon(spec)
+            self._results.append(result)
+            self._finished.append(Finished(spec, "failed", outcome.reason, now))
+            return
         tables = {table: [{"spec": spec, **row} for row in rows] for table, rows in outcome.tables.items()}
         tables["metrics"] = [
             {"spec": spec, "split": split, "name": name, "value": value}
@@ -219,14 +232,12 @@ class _Batch:
                     "bytes": artifact.bytes,
                 }
             ]
-        if state == "failed":
-            self._abandon(spec)
         self._streamed += [stream.finish() for stream in self._streams.get(spec, {}).values()]
         for table, rows in tables.items():
             self._tables.setdefault(table, []).extend(rows)
-        self._results.append(StoredResult(spec, str(outcome.status), outcome.reason))
+        self._results.append(result)
         metrics = dict(outcome.metrics.get(choosing_split(outcome.metrics), {}))
-        self._finished.append(Finished(spec, state, outcome.reason, now, metrics, artifact))
+        self._finished.append(Finished(spec, "ok", outcome.reason, now, metrics, artifact))
 
     def is_due(self) -> bool:
         return time.monotonic() - self._since > _FLUSH_SECONDS
@@ -241,8 +252,9 @@ class _Batch:
             finished,
             self._started,
             socket.gethostname(),
-            error,
-            out_of_memory,
+            device=self.device,
+            error=error,
+            out_of_memory=out_of_memory,
             has_loaded=self.has_loaded,
             is_worn=out_of_memory and _is_fragmented(),
         )

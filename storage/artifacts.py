@@ -57,3 +57,12 @@ def artifact_bytes(folder: Path, artifact: Artifact) -> bytes:
     if hashlib.sha256(content).hexdigest() != artifact.sha256:
         raise StoreError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")
     return content
+
+
+def is_whole(folder: Path, artifact: Artifact) -> bool:
+    """Whether an artifact's file is there and what was stored."""
+    try:
+        artifact_bytes(folder, artifact)
+    except StoreError:
+        return False
+    return True

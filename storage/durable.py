@@ -76,21 +76,31 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
                     raise StoreError(f"{path}, line {number} is not what was written: {error}") from error
 
 
+def is_torn(path: Path) -> bool:
+    """Whether a file of lines ends within one."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
 def drop_torn_line(path: Path) -> None:
     """Cut a file of lines back to its last line end; a writer that died may have left half a line."""
-    if not path.exists():
+    if not is_torn(path):
         return
     with path.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-            file.flush()
-            os.fsync(file.fileno())
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def staging_files(folder: Path) -> list[Path]:
+    """What writers that died have left half-written anywhere in a folder."""
+    return sorted(path for path in folder.rglob(".*.????????") if path.is_file())
 
 
 def remove_staging(folder: Path) -> None:
     """Remove what writers that died have left half-written anywhere in a folder."""
-    for path in folder.rglob(".*.????????"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+    for path in staging_files(folder):
+        path.unlink(missing_ok=True)

@@ -135,6 +135,30 @@ class Mirror:
         status = "FINISHED" if is_complete else "KILLED"
         client.set_terminated(parent.info.run_id, status, _milliseconds(finished))
 
+    def differences(self) -> dict[str, str]:
+        """Where MLflow says something else than the tables, of a sweep that nobody drives.
+
+        Returns:
+            What differs, by `sweep` or number of the trial. Empty if nothing was mirrored yet because
+            nothing has ended.
+
+        Raises:
+            Exception: Whatever MLflow raises.
+        """
+        sweep = open_sweep(self._folder)
+        states = _states(sweep)
+        database = _database(self._uri)
+        if not states and database is not None and not database.exists():
+            return {}
+        runs = self._find_runs(sweep)
+        wrong = {str(trial): "MLflow lacks it" for trial in states.keys() - runs.done - runs.begun.keys()}
+        for trial, run in runs.begun.items():
+            status = "as RUNNING" if run.info.status == "RUNNING" else f"as {run.data.tags.get('state')}"
+            wrong[str(trial)] = f"MLflow has it {status}, the tables as {states.get(trial, 'waiting')}"
+        if runs.parent.info.status == "RUNNING":
+            wrong["sweep"] = "MLflow has it as RUNNING"
+        return wrong
+
     def _begin(self, sweep: StoredSweep) -> _Runs:
         runs = self._find_runs(sweep)
         if runs.parent.info.status != "RUNNING":
@@ -145,7 +169,12 @@ class Mirror:
         client, experiment = self._client, self._find_experiment(sweep.identity["space"])
         found = _search(client, experiment, f"tags.`{_SWEEP_TAG}` = '{sweep.identity['sweep']}'")
         children = {int(run.data.tags[_TRIAL_TAG]): run for run in found if _TRIAL_TAG in run.data.tags}
-        begun = {trial: run for trial, run in children.items() if run.info.status == "RUNNING"}
+        states = _states(sweep)
+        begun = {
+            trial: run
+            for trial, run in children.items()
+            if run.info.status == "RUNNING" or run.data.tags.get("state") != states.get(trial)
+        }
         parents = [run for run in found if _TRIAL_TAG not in run.data.tags]
         parent = parents[0] if parents else _create_parent(client, experiment, sweep)
         _log(client, parent, _sweep_params(sweep.identity), {})
@@ -189,6 +218,13 @@ class Mirror:
         database = _database(self._uri)
         folder = database.parent if database else self._folder
         return (folder.resolve() / "mlartifacts").as_uri()
+
+
+def _states(sweep: StoredSweep) -> dict[int, str]:
+    rows = sweep.rows(
+        "SELECT trial, state FROM trials WHERE state IN ('completed', 'infeasible', 'failed') ORDER BY trial"
+    )
+    return {row["trial"]: row["state"] for row in rows}
 
 
 def _database(uri: str) -> Path | None:
@@ -252,16 +288,27 @@ def _log_trial(client: "MlflowClient", sweep: StoredSweep, runs: _Runs, trial: M
         "mlflow.parentRunId": runs.parent.info.run_id,
         **{name: trial[name] for name in ("state", "reason", "spec", "reused_from", "attempts", "worker")},
     }
-    run = runs.begun.get(trial["trial"]) or client.create_run(
-        runs.experiment,
-        _milliseconds(trial["begun"] or finished),
-        _texts(tags),
-        run_name=run_name(trial["trial"], params),
-    )
+    run = runs.begun.get(trial["trial"])
+    if run is None:
+        begun, name = _milliseconds(trial["begun"] or finished), run_name(trial["trial"], params)
+        run = client.create_run(runs.experiment, begun, _texts(tags), run_name=name)
+    else:
+        _set_tags(client, run, tags)
     objectives = [objective["metric"] for objective in sweep.identity["objectives"]]
     _log(client, run, params, _metric_values(trial["metrics"], objectives), seconds=finished)
     status = "FAILED" if trial["state"] == "failed" else "FINISHED"
     client.set_terminated(run.info.run_id, status, _milliseconds(finished))
+
+
+def _set_tags(client: "MlflowClient", run: "Run", tags: Mapping[str, Any]) -> None:
+    """Bring a run's tags up to date: a trial that was tried anew has others."""
+    texts = _texts(tags)
+    for name, text in texts.items():
+        if run.data.tags.get(name) != text:
+            client.set_tag(run.info.run_id, name, text)
+    for name in ("reason", "reused_from"):
+        if name in run.data.tags and name not in texts:
+            client.delete_tag(run.info.run_id, name)
 
 
 def _metric_values(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> dict[str, float]:

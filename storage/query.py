@@ -124,13 +124,17 @@ class StoredSweep:
         ]
         if waiting:
             connection.executemany("INSERT INTO stored.open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
+        connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
+        if withdrawn := store.withdrawn_trials():
+            connection.executemany("INSERT INTO stored.withdrawn VALUES (?, ?)", withdrawn)
         parameters = "".join(
             f", CAST({_json_field('params', name)} AS {sql_type}) AS {_identifier(name)}"
             for name, sql_type in self.identity["parameters"].items()
         )
         connection.execute(
             f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
-            "FROM (SELECT * FROM stored.trials UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
+            "FROM (SELECT * FROM stored.trials ANTI JOIN stored.withdrawn USING (trial, finished) "
+            "UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STATES = ("waiting", "running", "completed", "infeasible", "failed")
 """What a trial can be; the last three are ends."""
 
@@ -47,13 +47,15 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "attempts": (
         Column("attempt", "text", "", "id of the try"),
         Column("pack", "text", "", "id of the pack it belongs to"),
-        Column("trial", "integer", "", "the trial; null for a prerequisite"),
+        Column("trial", "integer", "", "the trial, also at a cheaper stage of it; null for a prerequisite"),
         _SPEC,
         Column("job", "text", "", "import path of the job"),
         Column("state", "text", "", "ok, failed, lost or oom"),
         Column("reason", "text", "", "why it is not ok, or which sweep it was taken over from"),
         Column("worker", "text", "", "name of the worker"),
         Column("host", "text", "", "machine of the worker"),
+        Column("device", "text", "", "what its replica is on, such as cpu or cuda:0"),
+        Column("loaded", "integer", "", "1 if the worker had to load the model for the pack, else 0"),
         Column("started", "real", "s since 1970", "when the worker took the pack"),
         Column("finished", "real", "s since 1970", "when this row's outcome was out"),
     ),

@@ -30,6 +30,14 @@ class Part(NamedTuple):
     results: tuple[StoredResult, ...]
 
 
+class _Entry(NamedTuple):
+    """What one commit made visible, and the specs whose results before it do not count any more."""
+
+    files: tuple[TableFile, ...]
+    results: tuple[StoredResult, ...]
+    withdrawn: tuple[str, ...] = ()
+
+
 class Store:
     """Tables and manifest of one sweep; one writer, the driver.
 
@@ -49,8 +57,10 @@ class Store:
     def __init__(self, folder: Path, manifest: str = "manifest") -> None:
         self.folder = folder
         self._manifest = folder / manifest
-        self._parts = [_read_entry(folder, path) for path in _entries(self._manifest)]
-        self.results = {result.spec: result for part in self._parts for result in part.results}
+        self._entries = [_read_entry(folder, path) for path in _entry_paths(self._manifest)]
+        self.results: dict[str, StoredResult] = {}
+        for entry in self._entries:
+            self._count(entry)
 
     def commit(self, parts: Iterable[Part], **tables: Sequence[Mapping[str, Any]]) -> None:
         """Make parts and the driver's own rows visible, all at once.
@@ -72,39 +82,80 @@ class Store:
         files = [file for part in parts for file in part.files] + own
         if not files and not results:
             return
-        entry = {
-            "schema": SCHEMA_VERSION,
-            "files": [file._asdict() for file in files],
-            "results": [result._asdict() for result in results],
-        }
-        publish(_entry_path(self._manifest, len(self._parts)), json.dumps(entry, indent=1).encode())
-        self._parts.append(Part(tuple(files), tuple(results)))
-        self.results.update({result.spec: result for result in results})
+        self._add(_Entry(tuple(files), tuple(results)))
 
-    def files(self, table: str) -> list[TableFile]:
-        """The listed files of one table."""
-        return [file for part in self._parts for file in part.files if file.table == table]
+    def withdraw(self, specs: Iterable[str]) -> None:
+        """Let the results of specs not count any more, so that they may be had anew.
+
+        Only what has failed is withdrawn: of that nothing but its trials stands in the tables.
+
+        Raises:
+            StoreError: If the disk refuses.
+            ValueError: If one has no result, or did not fail.
+        """
+        withdrawn = tuple(specs)
+        if wrong := [spec for spec in withdrawn if self._status(spec) != "failed"]:
+            raise ValueError(f"only results that failed can be withdrawn, not those of {wrong}")
+        self._add(_Entry((), (), withdrawn))
+
+    def _status(self, spec: str) -> str | None:
+        result = self.results.get(spec)
+        return None if result is None else result.status
+
+    def _add(self, entry: _Entry) -> None:
+        content = {
+            "schema": SCHEMA_VERSION,
+            "files": [file._asdict() for file in entry.files],
+            "results": [result._asdict() for result in entry.results],
+            "withdrawn": list(entry.withdrawn),
+        }
+        publish(_entry_path(self._manifest, len(self._entries)), json.dumps(content, indent=1).encode())
+        self._entries.append(entry)
+        self._count(entry)
+
+    def _count(self, entry: _Entry) -> None:
+        for spec in entry.withdrawn:
+            del self.results[spec]
+        self.results.update({result.spec: result for result in entry.results})
+
+    def files(self, table: str | None = None) -> list[TableFile]:
+        """The listed files of one table, or of all."""
+        return [file for entry in self._entries for file in entry.files if table in (None, file.table)]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """All visible rows of one table."""
-        return read_rows(self.folder, table, self.files(table))
+        """All visible rows of one table; of trials those whose result still counts."""
+        kept: list[dict[str, Any]] = []
+        for entry in self._entries:
+            if table == "trials" and entry.withdrawn:
+                kept = [row for row in kept if row["spec"] not in entry.withdrawn]
+            kept += read_rows(self.folder, table, entry.files)
+        return kept
+
+    def withdrawn_trials(self) -> list[tuple[int, float]]:
+        """Rows of the table trials that count no more: number, and when they ended, s since 1970."""
+        if not any(entry.withdrawn for entry in self._entries):
+            return []
+        counting = {(row["trial"], row["finished"]) for row in self.rows("trials")}
+        rows = read_rows(self.folder, "trials", self.files("trials"))
+        return [key for row in rows if (key := (row["trial"], row["finished"])) not in counting]
 
 
-def _read_entry(folder: Path, path: Path) -> Part:
+def _read_entry(folder: Path, path: Path) -> _Entry:
     try:
         entry = json.loads(path.read_bytes())
         files = tuple(TableFile(**file) for file in entry["files"])
         results = tuple(StoredResult(**result) for result in entry["results"])
+        withdrawn = tuple(entry.get("withdrawn", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is gone or not what was written: {error!r}") from error
     for file in files:
         found = folder / file.path
         if not found.is_file() or found.stat().st_size != file.bytes:
             raise StoreError(f"{found} is gone or not what was written, {file.bytes} bytes")
-    return Part(files, results)
+    return _Entry(files, results, withdrawn)
 
 
-def _entries(manifest: Path) -> list[Path]:
+def _entry_paths(manifest: Path) -> list[Path]:
     """Files of a manifest's entries, oldest first; up to the newest there is, none is left out."""
     newest = max((int(path.stem) for path in manifest.glob("[0-9]*.json")), default=-1)
     return [_entry_path(manifest, number) for number in range(newest + 1)]

@@ -1,0 +1,182 @@
+"""Whether ledger, study, tables, artifacts and MLflow of a sweep say the same; and mending it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import SpecError
+from orchestrator.config import RunConfig
+from orchestrator.launch import journal_path, load_kept, open_sampler
+from orchestrator.planning import planned_trials
+from orchestrator.progress import Tally
+from orchestrator.results import Results
+from search_spaces.base import Space
+from storage.artifacts import Artifact, is_whole
+from storage.durable import drop_torn_line, is_torn, staging_files
+from storage.ledger import ledger_path, read_asked
+from storage.lock import driver, driving
+from storage.mlflow_log import Mirror
+from storage.scores import scores_of
+from storage.store import Store
+
+_EXAMPLES = 5
+
+
+@dataclass(slots=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Attributes:
+        where: logs, trials, study, artifacts, mlflow or leftovers.
+        what: In words.
+        count: How often.
+        examples: The first few.
+        is_mended: Whether it is as it should be by now.
+    """
+
+    where: str
+    what: str
+    count: int = 1
+    examples: list[str] = field(default_factory=list)
+    is_mended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Examination:
+    """Findings of one kind, and what mends them; None if nothing does but computing again."""
+
+    finding: Finding
+    mend: Callable[[], object] | None
+
+
+def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
+    """Compare what a sweep has kept, and mend what can be mended.
+
+    Args:
+        folder: The sweep's folder; nobody may drive it.
+        repair: Whether to mend; without it nothing is written.
+
+    Returns:
+        consistent: whether nothing is left to mend, leftovers aside, which nobody reads; findings.
+
+    Raises:
+        SpecError: If the folder holds no sweep, or somebody drives it.
+        StoreError: If tables or ledger are not what was written, which nothing here can mend.
+    """
+    file, config = load_kept(folder)
+    if (owner := driver(folder)) is not None:
+        raise SpecError(f"{folder} is being run by {owner}; wait for it or stop it")
+    with ExitStack() as stack:
+        if repair:
+            stack.enter_context(driving(folder))
+        findings: list[Finding] = []
+        for look in (_torn_logs, _trials, _study, _artifacts, _leftovers, _mlflow):
+            for found in look(folder, file.space, config):
+                if repair and found.mend is not None:
+                    found.mend()
+                    found.finding.is_mended = True
+                findings.append(found.finding)
+    left = [each for each in findings if not each.is_mended and each.where != "leftovers"]
+    return {"consistent": not left, "findings": [asdict(each) for each in findings]}
+
+
+def _found(
+    where: str, what: str, examples: Iterable[object], mend: Callable[[], object] | None
+) -> list[_Examination]:
+    """One finding if there is any example."""
+    every = [str(each) for each in examples]
+    return [_Examination(Finding(where, what, len(every), every[:_EXAMPLES]), mend)] if every else []
+
+
+def _torn_logs(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    torn = [path for path in (ledger_path(folder), journal_path(folder)) if is_torn(path)]
+
+    def cut() -> None:
+        for path in torn:
+            drop_torn_line(path)
+
+    return _found("logs", "the last line is torn", [path.name for path in torn], cut)
+
+
+def _trials(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    asked = {trial.trial: trial.spec.id for trial in read_asked(folder)}
+    store = Store(folder)
+    specs = [(row["trial"], row["spec"]) for row in store.rows("trials")]
+    times = Counter(trial for trial, _ in specs)
+    wrong = {
+        "more than one result was accepted": [trial for trial in times if times[trial] > 1],
+        "the ledger lacks them": sorted(times.keys() - asked.keys()),
+        "the ledger has them with another spec": [t for t, spec in specs if asked.get(t, spec) != spec],
+        "their result is not there": [trial for trial, spec in specs if spec not in store.results],
+    }
+    return [found for what, trials in wrong.items() for found in _found("trials", what, trials, None)]
+
+
+def _study(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    sampler = open_sampler(folder, space, config)
+    results = Results(Store(folder), space, sampler, Tally(total=0), lambda: None)
+    rows = {row["trial"]: row for row in Store(folder).rows("trials")}
+    asked = {trial.trial: trial.params for trial in read_asked(folder)}
+    ended = {number: results.end_of(row) for number, row in rows.items() if number in asked}
+    wrong = sampler.disagreements(asked, ended)
+
+    def tell() -> None:
+        for number in sampler.untold(ended):
+            sampler.tell(number, *ended[number])
+        sampler.flush()
+
+    return [
+        *_found(
+            "study", "it differs from what is kept", _lines(wrong), lambda: sampler.restate(asked, ended)
+        ),
+        *_found(
+            "study", "trials that have ended run there", sampler.untold(ended) if not wrong else [], tell
+        ),
+    ]
+
+
+def _lines(wrong: Mapping[Any, str]) -> list[str]:
+    return [f"{trial}: {what}" for trial, what in wrong.items()]
+
+
+def _artifacts(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    rows = Store(folder).rows("artifacts")
+    listed = {row["path"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in rows}
+    absent = [path for path in listed if not (folder / path).is_file()]
+    damaged = [path for path in listed if path not in absent and not is_whole(folder, listed[path])]
+
+    def remove() -> None:
+        for path in damaged:
+            (folder / path).unlink()
+
+    return [
+        *_found("leftovers", "artifacts are gone; what needs them computes them again", absent, None),
+        *_found("artifacts", "files are not what was written", damaged, remove),
+    ]
+
+
+def _leftovers(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    listed = {file.path for store in (Store(folder), scores_of(folder)) for file in store.files()}
+    written = {str(path.relative_to(folder)) for path in folder.glob("tables/**/*.parquet")}
+    paths = [folder / path for path in sorted(written - listed)] + list(staging_files(folder))
+
+    def remove() -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    names = [path.relative_to(folder) for path in paths]
+    return _found("leftovers", "files of writers that died", names, remove)
+
+
+def _mlflow(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
+    mirror = Mirror(folder, config.mlflow)
+    is_over = len(Store(folder).rows("trials")) >= planned_trials(space, config)
+
+    def write() -> None:
+        mirror.sync()
+        mirror.finish(is_complete=is_over)
+
+    return _found("mlflow", "it differs from the tables", _lines(mirror.differences()), write)
