@@ -59,13 +59,13 @@ class Timed(Landscape):
 
     Attributes:
         seconds: End of every look.
-        values: What every look found, by vector; NaN for those that were not looked at.
+        found: What every look found, by vector; NaN for those that were not looked at.
     """
 
     def __init__(self, slice_: Slice, counted_NT: Tensor, goals: Sequence[Goal]) -> None:
         super().__init__(slice_, counted_NT, goals)
         self.seconds: list[float] = []
-        self.values: list[Tensor] = []
+        self.found: list[Tensor] = []
         self._began: float | None = None
 
     def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
@@ -75,7 +75,7 @@ class Timed(Landscape):
         values_V = torch.full((len(self.goals),), torch.nan)
         values_V[list(vectors)] = found.values_V
         self.seconds.append(time.perf_counter() - self._began)
-        self.values.append(values_V)
+        self.found.append(values_V)
         return found
 
 
@@ -89,7 +89,7 @@ class Reached(NamedTuple):
 def reached(ground: Timed, targets_V: Tensor) -> Reached | None:
     """When 95 % of the vectors and their mean were at 99.5 % of the targets; None if never."""
     best_V = torch.full_like(targets_V, -torch.inf)
-    for number, (seconds, values_V) in enumerate(zip(ground.seconds, ground.values, strict=True), 1):
+    for number, (seconds, values_V) in enumerate(zip(ground.seconds, ground.found, strict=True), 1):
         best_V = torch.fmax(best_V, values_V)
         close = (best_V >= ENOUGH * targets_V).double().mean() >= MOST_VECTORS
         if close and best_V.mean() >= ENOUGH * targets_V.mean():
@@ -114,7 +114,7 @@ def bench_radius(
     alone = [([vector], surface) for vector in range(VECTORS)]
     ground = Timed(slice_, counted_NT, goals)
     began = time.perf_counter()
-    found = fixed_point(ground, start_VD, alone)
+    found = fixed_point(ground, start_VD, alone, kin=[range(VECTORS)])
     whole = time.perf_counter() - began
     done = reached(ground, targets_V)
     faithful = amsgrad(Landscape(slice_, counted_NT, goals), start_VD, alone, steps=10)
@@ -284,6 +284,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--radii", type=float, nargs="+", default=list(RADII), help="what is already there of others is kept"
     )
+    parser.add_argument(
+        "--steep",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the comparison at p = 4; --no-steep keeps the one that is there",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     replica = load_replica(ModelRef(id=options.model))
@@ -291,7 +297,7 @@ def main(arguments: Sequence[str]) -> None:
     slice_ = Slice(replica, [ids], source=SOURCE, target=TARGET)
     counted_NT = slice_.positions_NT > 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(options.out.read_text())["radii"] if options.out.is_file() else {}
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
     result: dict[str, Any] = {
         "machine": describe(),
         "date": date.today().isoformat(),
@@ -300,11 +306,13 @@ def main(arguments: Sequence[str]) -> None:
             torch.float32, inputs=replica.hidden_size, outputs=4 * replica.hidden_size
         ),
         "flops_a_look": 2 * VECTORS * len(ids) * (TARGET - SOURCE) * block_flops(replica),
-        "radii": before,
+        "radii": before.get("radii", {}),
+        "large_power": before.get("large_power"),
     }
     result["gradient_relative_error"] = gradient_error(replica, slice_, counted_NT, ids)
     result["costs"] = bench_costs(replica, ids)
-    result["large_power"] = bench_large_power(slice_, counted_NT)
+    if options.steep:
+        result["large_power"] = bench_large_power(slice_, counted_NT)
     for radius in options.radii:
         found = bench_radius(replica, slice_, counted_NT, ids, radius)
         found |= bench_orthogonal(slice_, counted_NT, radius)

@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.engine.slices import Slice
 from jobs.errors import SpecError
 from jobs.unsupervised.amsgrad import amsgrad
-from jobs.unsupervised.fixed_point import fixed_point
+from jobs.unsupervised.fixed_point import fixed_point, sketched_power
 from jobs.unsupervised.landscape import Climb, Goal, Landscape
 from jobs.unsupervised.objective import movement, shares
 from jobs.unsupervised.sphere import Surface, orthonormal
@@ -30,6 +30,12 @@ class Bowl:
         self._jacobian = jacobian
         self._broken_after = broken_after or {}
         self.looks: dict[int, int] = {}
+
+    def is_coupled(self, vector: int) -> bool:
+        return False
+
+    def values(self, theta_VD: Tensor, vectors: Sequence[int]) -> Tensor:
+        return (theta_VD @ self._jacobian.T).square().sum(dim=1)
 
     def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
         moved = theta_VD @ self._jacobian.T
@@ -156,6 +162,52 @@ def test_on_a_linear_slice_the_fixed_point_is_the_first_singular_vector(seed: in
     assert (found.history_SV.diff(dim=0).nan_to_num() >= 0).all()
 
 
+def test_kin_lead_each_other_to_the_same_summit_in_fewer_looks() -> None:
+    surface = Surface(radius=2.0)
+    start_VD, alone = drawn(surface, 8), [([v], surface) for v in range(8)]
+    by_itself = fixed_point(bowl()[0], start_VD, alone, tolerance=1e-9)
+    led = fixed_point(bowl()[0], start_VD, alone, kin=[range(8)], tolerance=1e-9)
+    torch.testing.assert_close(led.theta_VD.abs(), by_itself.theta_VD.abs(), rtol=1e-3, atol=1e-4)
+    looks = [int(found.history_SV.isfinite().sum()) for found in (led, by_itself)]
+    assert looks[0] < looks[1]
+
+
+def test_products_that_are_sketched_from_as_many_images_as_there_are_dimensions_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor_DD = torch.randn((6, 6), generator=generator, dtype=torch.float64)
+    operator_DD = factor_DD @ factor_DD.T + torch.eye(6)
+    points_KD = torch.randn((9, 6), generator=generator, dtype=torch.float64)
+    found = sketched_power(points_KD, points_KD @ operator_DD, times=3)
+    expected = points_KD @ torch.linalg.matrix_power(operator_DD, 4)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1), rtol=1e-6, atol=1e-8)
+    single = sketched_power(points_KD[:1], points_KD[:1] @ operator_DD, times=3)
+    torch.testing.assert_close(
+        single, torch.nn.functional.normalize(points_KD[:1] @ operator_DD), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_of_two_opposite_ends_the_higher_one_is_chosen(orthogonal: bool) -> None:
+    class Tilted(Bowl):
+        """Higher on one side of every axis."""
+
+        def values(self, theta_VD: Tensor, vectors: Sequence[int]) -> Tensor:
+            return super().values(theta_VD, vectors) + theta_VD.sum(dim=1) / 4
+
+        def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
+            found = super().climb(theta_VD, vectors)
+            return Climb(self.values(theta_VD, vectors), found.gradients_VD + 0.25)
+
+    _, sizes, right = bowl()
+    ground = Tilted(torch.tensor(np.diag(sizes) @ right))
+    surface = Surface(radius=1.0, orthogonal=orthogonal)
+    groups = [(range(4), surface)] if orthogonal else [([v], surface) for v in range(4)]
+    for seed in range(5):
+        # Two looks: the start, and the end that was chosen.
+        found = fixed_point(ground, drawn(surface, 4, seed), groups, steps=2)
+        assert (ground.values(found.theta_VD, range(4)) > ground.values(-found.theta_VD, range(4))).all()
+
+
 def test_orthogonal_vectors_span_the_first_singular_vectors() -> None:
     ground, sizes, right = bowl()
     surface = Surface(radius=0.5, orthogonal=True)
@@ -215,6 +267,9 @@ def test_a_step_that_would_go_down_is_taken_back() -> None:
             past = -torch.sign(angle) * torch.minimum(3 * angle.abs(), torch.tensor(2.5))
             ahead = torch.stack([torch.cos(angle + past), torch.sin(angle + past)], dim=1)
             return Climb(theta_VD @ summit, ahead)
+
+        def values(self, theta_VD: Tensor, vectors: Sequence[int]) -> Tensor:
+            return theta_VD @ torch.tensor([1.0, 0.0], dtype=theta_VD.dtype)
 
     surface = Surface(radius=1.0)
     start_VD = torch.tensor([[math.cos(1.0), math.sin(1.0)]], dtype=torch.float64)

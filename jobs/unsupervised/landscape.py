@@ -83,6 +83,25 @@ class Landscape:
         self._couplings = couplings
         self._passes = Passes(slice_)
 
+    def is_coupled(self, vector: int) -> bool:
+        """Whether a vector's objective depends on others."""
+        return any(vector in coupling.vectors for coupling in self._couplings)
+
+    @torch.no_grad()
+    def values(self, theta_VD: Tensor, vectors: Sequence[int]) -> Tensor:
+        """The objectives of some vectors that do not depend on each other; arguments as for `climb`."""
+        rows = self._rows(vectors)
+        values_V = theta_VD.new_zeros(len(theta_VD))
+
+        def look(chosen: list[int]) -> None:
+            batch = [rows[index] for index in chosen]
+            theta_BD = theta_VD[[row.place for row in batch]]
+            values_B = self._values(self._deltas(theta_BD, batch), batch, vectors)
+            values_V.index_add_(0, _places(batch, theta_VD), values_B)
+
+        self._passes.over(len(rows), look)
+        return values_V
+
     def climb(self, theta_VD: Tensor, vectors: Sequence[int]) -> Climb:
         """The objectives of some vectors and their gradient.
 
@@ -93,11 +112,7 @@ class Landscape:
         Raises:
             OutOfMemory: If a single row does not fit.
         """
-        rows = [
-            _Row(place, prompt)
-            for place, vector in enumerate(vectors)
-            for prompt in self.goals[vector].prompts
-        ]
+        rows = self._rows(vectors)
         if self._couplings:
             return self._climb_together(theta_VD, vectors, rows)
         found = Climb(theta_VD.new_zeros(len(theta_VD)), torch.zeros_like(theta_VD))
@@ -113,6 +128,13 @@ class Landscape:
 
         self._passes.over(len(rows), look)
         return found
+
+    def _rows(self, vectors: Sequence[int]) -> list[_Row]:
+        return [
+            _Row(place, prompt)
+            for place, vector in enumerate(vectors)
+            for prompt in self.goals[vector].prompts
+        ]
 
     def _climb_together(self, theta_VD: Tensor, vectors: Sequence[int], rows: Sequence[_Row]) -> Climb:
         """In two passes: what all targets do, then its gradient, a batch at a time."""

@@ -152,6 +152,7 @@ class _Part(NamedTuple):
         goal: What each is to maximise.
         start_VD: Where they start.
         groups: Those that are learned together, by their place in `start_VD`, and where they may lie.
+        kin: Those that may lead each other.
         coupling: How their objectives depend on each other.
     """
 
@@ -159,6 +160,7 @@ class _Part(NamedTuple):
     goal: Goal
     start_VD: Tensor
     groups: list[tuple[list[int], Surface]]
+    kin: list[int]
     coupling: Coupling | None
 
 
@@ -184,7 +186,9 @@ def _part(place: int, search: Search, start_VD: Tensor, before: Sequence[Learned
             groups = [(everyone, surface)]
         case _:
             groups = [([vector], surface) for vector in everyone]
-    return _Part(place, search.goal, start_VD, groups, search.coupling)
+    is_quadratic = search.goal.power == 2 and search.goal.root == 1
+    kin = everyone if is_quadratic and len(groups) == len(everyone) > 1 else []
+    return _Part(place, search.goal, start_VD, groups, kin, search.coupling)
 
 
 def _learned(
@@ -208,7 +212,13 @@ def _learned(
     start_VD = torch.cat([part.start_VD for part in parts])
     match method.optimiser:
         case "fixed_point":
-            learned = fixed_point(landscape, start_VD, groups, steps=method.steps, tolerance=method.tolerance)
+            kin = [[first + vector for vector in part.kin] for part, first in zip(parts, firsts, strict=True)]
+            learned = fixed_point(
+                *(landscape, start_VD, groups),
+                kin=list(filter(None, kin)),
+                steps=method.steps,
+                tolerance=method.tolerance,
+            )
         case "amsgrad":
             learned = amsgrad(
                 landscape, start_VD, groups, steps=method.steps, learning_rate=method.learning_rate
