@@ -1,0 +1,95 @@
+"""What a trial costs besides its job, here and in Ray Tune with the same sampler.
+
+Run by `make bench-orchestrator`; writes `benchmarks/results/orchestrator.json`. Workload: a job that does
+nothing, five parameters, two objectives, TPE of one seed, two workers on this machine, from the first
+dispatch to the last result, everything kept: here study, Parquet and the MLflow mirror, in Ray Tune what it
+keeps by itself. The scheduler is also run at a million trials, with simulated workers.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from benchmarks.simulation import Simulation
+from storage.query import open_sweep
+
+RESULTS = Path(__file__).parent / "results" / "orchestrator.json"
+SPACE = Path(__file__).parent / "nothing_space.py"
+TRIALS = 300
+SIMULATED = ((1_000, 1_000_000), (10_000, 1_000_000), (1_000, 100_000))
+
+
+def bench_steersweep(place: Path, name: str, *settings: str) -> dict[str, float]:
+    """Seconds a trial of a sweep, by its own tables, and how far MLflow was behind."""
+    folder = place / name
+    command = [sys.executable, "-m", "orchestrator.cli", "run", str(SPACE), "--out", str(folder), "--json"]
+    subprocess.run([*command, *settings], check=True, capture_output=True, text=True)
+    sweep = open_sweep(folder)
+    [times] = sweep.rows(
+        "SELECT (SELECT min(started) FROM attempts) AS began, max(finished) AS ended, count(*) AS trials, "
+        "(SELECT count(DISTINCT attempt) FROM attempts) AS packs FROM trials WHERE state = 'completed'"
+    )
+    assert times["trials"] == TRIALS, times
+    seconds = times["ended"] - times["began"]
+    return {"seconds_per_trial": seconds / TRIALS, "packs": times["packs"]}
+
+
+def bench_ray_tune(place: Path, name: str, *, reuse: bool) -> float:
+    """Seconds a trial of Ray Tune, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.ray_tune", str(place / name), str(TRIALS)]
+    command += ["--reuse"] if reuse else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1]) / TRIALS
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time everything, print it and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestrator", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--only-simulated", action="store_true", help="print the simulations and write nothing"
+    )
+    options = parser.parse_args(arguments)
+    simulated = [Simulation(workers=workers, trials=trials).run()._asdict() for workers, trials in SIMULATED]
+    sys.stdout.write(json.dumps(simulated, indent=2) + "\n")
+    if options.only_simulated:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        ours = {
+            "tpe": bench_steersweep(place, "tpe"),
+            "tpe, unpacked": bench_steersweep(place, "unpacked", "--set", "max_pack=1"),
+            "random": bench_steersweep(place, "random", "--set", "sampler=random"),
+        }
+        tune = {
+            "reuse": bench_ray_tune(place, "reuse", reuse=True),
+            "fresh": bench_ray_tune(place, "fresh", reuse=False),
+        }
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "date": date.today().isoformat(),
+        "trials": TRIALS,
+        "seconds_per_trial": ours["tpe"]["seconds_per_trial"],
+        "steersweep": ours,
+        "ray_tune_seconds_per_trial": tune["fresh"],
+        "ray_tune_reuse_seconds_per_trial": tune["reuse"],
+        "ratio_reuse": tune["reuse"] / ours["tpe"]["seconds_per_trial"],
+        "simulated": simulated,
+        "simulated_trials": max(each["trials"] for each in simulated),
+        "simulated_utilisation": min(each["utilisation"] for each in simulated),
+        "decisions_per_second": min(each["decisions_per_second"] for each in simulated),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
