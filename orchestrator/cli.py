@@ -49,6 +49,9 @@ def run(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Replicas, each in a Ray actor of its own.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler and of every row.")] = None,
+    budget_hours: Annotated[
+        float | None, typer.Option(help="Start no further pack after so many hours.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value: a field of the run configuration, or space.NAME=value."),
@@ -62,7 +65,7 @@ def run(
     from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
-    options = {"trials": trials, "workers": workers, "seed": seed}
+    options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
@@ -147,6 +150,8 @@ def _drive(
             f"{summary['failed']} failed of {summary['trials']} trials in {summary['seconds']} s"
         )
         print_reasons(summary["reasons"])
+        if summary["stopped"]:
+            say(f"stopped: {summary['stopped']}; `steersweep resume {folder} --set ...` goes on")
         say(f"report: {folder / 'report' / 'index.html'}    MLflow: steersweep ui {folder}")
     raise typer.Exit(1 if summary["failed"] else 0)
 

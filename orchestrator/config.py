@@ -41,6 +41,11 @@ class RunConfig(BaseModel):
         wait_seconds: How long to wait for a machine that can hold a worker.
         answer_seconds: A worker that does not answer for so long is replaced.
         pack_seconds: A worker whose pack gives nothing for so long is replaced; None waits for ever.
+        budget_hours: After so many hours of a run no further pack is started; None = never.
+        budget_device_hours: The same for the hours that workers were busy, in all runs of the sweep, times
+            `gpus_per_worker` (or 1 where that is 0).
+        least_gain: No further pack is started once the hypervolume of the front grows by less than this share
+            of itself a device hour; None = never.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
     """
 
@@ -65,6 +70,9 @@ class RunConfig(BaseModel):
     wait_seconds: float = Field(600, gt=0)
     answer_seconds: float = Field(120, gt=0)
     pack_seconds: float | None = Field(None, gt=0)
+    budget_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    budget_device_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    least_gain: float | None = Field(None, gt=0, allow_inf_nan=False)
     mlflow: str | None = None
 
     @field_validator("resources", "labels", mode="before")

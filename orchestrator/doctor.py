@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import SpecError
+from orchestrator.budget import Budget
 from orchestrator.config import RunConfig
 from orchestrator.launch import journal_path, load_kept, open_sampler
 from orchestrator.planning import planned_trials
@@ -117,7 +118,8 @@ def _trials(folder: Path, space: Space, config: RunConfig) -> list[_Examination]
 
 def _study(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
     sampler = open_sampler(folder, space, config)
-    results = Results(Store(folder), space, sampler, Tally(total=0), lambda: None)
+    budget = Budget(config, space.objectives)
+    results = Results(Store(folder), space, sampler, Tally(total=0), budget, lambda: None)
     rows = {row["trial"]: row for row in Store(folder).rows("trials")}
     asked = {trial.trial: trial.params for trial in read_asked(folder)}
     ended = {number: results.end_of(row) for number, row in rows.items() if number in asked}

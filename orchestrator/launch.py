@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from jobs.errors import SpecError
-from jobs.spec import Status
+from jobs.spec import ModelRef, Status
 from orchestrator.config import RunConfig, make_config
 from orchestrator.folder import check_free, claimed
 from orchestrator.interrupts import Interrupts, stoppable
+from orchestrator.models import varied_models
 from orchestrator.planning import Planner, check_unchanged, planned_trials
 from orchestrator.progress import ConsoleProgress
 from orchestrator.ray_cluster import connected
@@ -52,15 +53,18 @@ def run_sweep(
         console: For progress.
 
     Returns:
-        sweep, trials, completed, infeasible, failed, seconds and pareto; reasons, one row for each distinct
-        state and reason of trials that were infeasible or failed, with their number, most frequent first.
+        sweep, trials, completed, infeasible, failed, seconds and pareto; stopped, why not all trials ran, or
+        None; reasons, one row for each distinct state and reason of trials that were infeasible or failed,
+        with their number, most frequent first.
 
     Raises:
         SteersweepError: If the space, the folder, the model or the address is wrong.
     """
     started = time.monotonic()
-    check_space(file.space, config.model_ref)
     config = config.pinned()
+    models = varied_models(file.space, config)
+    for model in models:
+        check_space(file.space, model)
     trials = planned_trials(file.space, config)
     folder = folder.resolve()
     check_free(folder, file, config)
@@ -68,6 +72,7 @@ def run_sweep(
     donors = Donors(() if is_over else reuse)
     if not is_over:
         check_unchanged(Planner(file.space, config), read_asked(folder))
+    stopped = ""
     with ExitStack() as stack:
         if not is_over:
             stack.enter_context(connected(config, address))
@@ -75,12 +80,14 @@ def run_sweep(
         sweep = open_sweep(folder)
         if not is_over:
             interrupts = stack.enter_context(stoppable())
-            _drive(file.space, sweep, config, trials, donors, console, interrupts)
+            loaded = models[0] if len(models) == 1 else None
+            stopped = _drive(file.space, sweep, config, trials, donors, loaded, console, interrupts)
     counts = sweep.counts()
     return {
         "sweep": sweep.identity["sweep"],
         "trials": trials,
         **{state: counts[state] for state in _ENDS},
+        "stopped": stopped or None,
         "seconds": round(time.monotonic() - started, 1),
         "pareto": pareto(sweep),
         "reasons": sweep.rows(
@@ -107,12 +114,14 @@ def _drive(
     config: RunConfig,
     trials: int,
     donors: Donors,
+    loaded: ModelRef | None,
     console: Console,
     interrupts: Interrupts,
-) -> None:
+) -> str:
+    """Drive a sweep; gives why it was stopped before its end, "" if it was not."""
     folder = stored.folder
     sampler = open_sampler(folder, space, config)
-    pool = RayPool(folder, config, config.model_ref)
+    pool = RayPool(folder, config, loaded)
     mirror = BackgroundMirror(folder, config.mlflow)
     kept: list[Path] = []
     is_complete = False
@@ -131,7 +140,7 @@ def _drive(
                 is_asked_to_stop=interrupts.is_asked_to_stop,
             )
             tally = sweep.run()
-        if tally.done < trials:
+        if interrupts.is_asked_to_stop() and tally.done < trials:
             raise KeyboardInterrupt
         is_complete = True
         pool.close()
@@ -140,6 +149,7 @@ def _drive(
     finally:
         pool.close()
         mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
+    return "" if tally.done == trials else tally.stopping
 
 
 def open_sampler(folder: Path, space: Space, config: RunConfig) -> OptunaSampler:

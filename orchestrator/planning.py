@@ -7,6 +7,7 @@ from jobs.errors import SpecError
 from jobs.resolve import load_job, make_params, make_spec, prerequisites
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
+from orchestrator.models import MODEL_FIELDS, Models, job_values
 from orchestrator.space_file import grid_size
 from search_spaces.base import Space
 from storage.ledger import Asked
@@ -23,12 +24,13 @@ class Planner:
     def __init__(self, space: Space, config: RunConfig) -> None:
         self._space = space
         self._config = config
+        self._models = Models(config)
 
     def spec(self, params: Mapping[str, Any]) -> Spec:
         """What has to be computed for a proposal."""
         values = {**self._space.fixed, **params}
-        requirement = Requirement(job=self._space.job, params=make_params(self._space.job, values))
-        return make_spec(requirement, model=self._config.model_ref, seed=self._config.seed)
+        wanted = Requirement(job=self._space.job, params=make_params(self._space.job, job_values(values)))
+        return make_spec(wanted, model=self._models.of(values), seed=self._config.seed)
 
     def needs(self, spec: Spec) -> dict[str, Spec]:
         """What the spec's job, and the weights that it runs on, require, by requirement key."""
@@ -51,7 +53,8 @@ class Planner:
 
     def shared(self) -> list[str]:
         """Parameters that the space varies and that the rows of one pack must share."""
-        return [name for name in load_job(self._space.job).PACK_BY or () if name in self._space.parameters]
+        by = (*(load_job(self._space.job).PACK_BY or ()), *MODEL_FIELDS)
+        return [name for name in by if name in self._space.parameters]
 
 
 def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:

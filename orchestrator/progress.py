@@ -27,7 +27,7 @@ class Tally:
         best: The best first objective so far, in words.
         workers_ready: Workers whose replica is loaded.
         packs_ended: Packs of trials that this driver has seen to their end.
-        is_stopping: Whether only what runs is seen to its end.
+        stopping: Why only what runs is seen to its end; empty if more is started.
     """
 
     total: int
@@ -39,7 +39,7 @@ class Tally:
     best: str = ""
     workers_ready: int = 0
     packs_ended: int = 0
-    is_stopping: bool = False
+    stopping: str = ""
 
     def count(self, status: str) -> None:
         """One more trial has ended as completed, infeasible or failed."""
@@ -113,8 +113,8 @@ def describe(tally: Tally, rate: float | None) -> str:
         parts.append(f"preparing: {tally.preparing}")
     if tally.infeasible:
         parts.append(f"{tally.infeasible} infeasible")
-    if tally.is_stopping:
-        parts.append("stopping when these have ended; once more to stop now")
+    if tally.stopping:
+        parts.append(f"stopping when these have ended: {tally.stopping}")
     elif tally.workers_ready == 0:
         parts.append("loading the model")
     elif rate is not None:

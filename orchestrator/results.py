@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.spec import Spec, Status, choosing_split, is_defined
+from orchestrator.budget import Budget
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import Ended, OptunaSampler
@@ -37,6 +38,7 @@ class Results:
         space: Whose objectives decide.
         sampler: Who is told.
         tally: Counts to keep.
+        budget: Hears the objectives of every trial that has completed.
         on_result: Called after each trial that has ended.
 
     Attributes:
@@ -44,12 +46,19 @@ class Results:
     """
 
     def __init__(
-        self, store: Store, space: Space, sampler: OptunaSampler, tally: Tally, on_result: Callable[[], None]
+        self,
+        store: Store,
+        space: Space,
+        sampler: OptunaSampler,
+        tally: Tally,
+        budget: Budget,
+        on_result: Callable[[], None],
     ) -> None:
         self._store = store
         self._space = space
         self._sampler = sampler
         self._tally = tally
+        self._budget = budget
         self._on_result = on_result
         self._waiting: dict[str, list[Asked]] = {}
         self._first_trial: dict[str, int] = {}
@@ -216,6 +225,7 @@ class Results:
         self._tally.count(status)
         if status == Status.COMPLETED and values is not None:
             self._note_best(trial, values[0])
+            self._budget.observe(values)
         self._on_result()
 
     def _note_best(self, trial: int, value: float) -> None:

@@ -14,6 +14,7 @@ from jobs import catalog
 from jobs.errors import SpecError
 from jobs.resolve import is_own_data, load_job, locate_data, make_params
 from jobs.spec import ModelRef
+from orchestrator.models import job_values
 from search_spaces.base import Constraint, Domain, Float, Grid, Objective, Space
 from storage.schema import TABLES
 
@@ -159,14 +160,16 @@ def check_space(space: Space, model: ModelRef) -> None:
                 f"{type(use).__name__.lower()} {use.metric!r} is no metric of {space.job}; "
                 f"it has {sorted(job.METRICS)}{hint}"
             )
-    first = {name: _extremes(domain)[0] for name, domain in space.parameters.items()}
+    usual = job_values(
+        {**space.fixed, **{name: _extremes(domain)[0] for name, domain in space.parameters.items()}}
+    )
     for name, domain in space.parameters.items():
         for value in _extremes(domain):
-            make_params(space.job, {**space.fixed, **first, name: value})
+            make_params(space.job, {**usual, **job_values({name: value})})
     for stage in space.stages:
-        make_params(space.job, {**space.fixed, **first, **stage.overrides})
+        make_params(space.job, {**usual, **stage.overrides})
     for values in _combinations(space, job.DATA):
-        job.check(make_params(space.job, {**space.fixed, **first, **values}))
+        job.check(make_params(space.job, {**usual, **values}))
     _check_layers(space, model)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.resolve import parse_use
+from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake, Planned
 from orchestrator.planning import Planner
@@ -24,6 +25,7 @@ from storage.ledger import Asked, Ledger, read_asked, read_limits
 from storage.store import Part, Store, StoredResult
 
 _POLL_SECONDS = 0.5
+_ASKED_TO_STOP = "asked to; once more stops at once"
 
 
 @dataclass(slots=True)
@@ -79,7 +81,9 @@ class Sweep:
         self._planner = Planner(space, config)
         self._scheduler = Scheduler(max_attempts=config.max_attempts)
         self._tally = Tally(total=trials)
-        self._results = Results(self._store, space, sampler, self._tally, on_result)
+        busy = busy_seconds(self._store.rows("attempts"))
+        self._budget = Budget(config, space.objectives, spent_seconds=busy)
+        self._results = Results(self._store, space, sampler, self._tally, self._budget, on_result)
         self._intake = Intake(
             space,
             self._planner,
@@ -96,7 +100,7 @@ class Sweep:
         self._asked = 0
 
     def run(self) -> Tally:
-        """Go on until every trial has ended, or until asked to stop.
+        """Go on until every trial has ended, the budget is spent, or somebody asks to stop.
 
         Raises:
             SteersweepError: If the work cannot go on; everything accepted so far stays.
@@ -104,7 +108,7 @@ class Sweep:
         self._take_up()
         try:
             while not self._is_over():
-                if not self._tally.is_stopping:
+                if not self._tally.stopping:
                     self._propose()
                     self._dispatch()
                 if self._is_over():
@@ -120,12 +124,14 @@ class Sweep:
         return self._tally
 
     def _check_stop(self) -> None:
-        if not self._tally.is_stopping and self._is_asked_to_stop():
-            self._tally.is_stopping = True
-            self._pool.drain()
+        if not self._tally.stopping:
+            why = _ASKED_TO_STOP if self._is_asked_to_stop() else self._budget.spent()
+            if why is not None:
+                self._tally.stopping = why
+                self._pool.drain()
 
     def _is_over(self) -> bool:
-        return self._tally.done == self._trials or (self._tally.is_stopping and not self._running)
+        return self._tally.done == self._trials or (bool(self._tally.stopping) and not self._running)
 
     def _show(self) -> None:
         on_workers = [task for run in self._running.values() for task in run.pack.tasks]
@@ -298,6 +304,7 @@ class Sweep:
         self._results.learn(finished)
         since = run.latest or (delivery.started if delivery is not None else run.dispatched)
         run.latest = max((row.at for row in finished), default=time.time())
+        self._budget.spend(run.latest - since)
         results = (*part.results, *self._intake.ended(part.results))
         self._results.accept(
             Part(part.files, results),

@@ -27,6 +27,20 @@ def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
     return mask
 
 
+def hypervolume(points: np.ndarray, directions: Sequence[str], *, among: np.ndarray) -> float:
+    """Volume that points dominate, up to the worst values of a set that they are among, each scaled to 0..1.
+
+    Args:
+        points: Shape (points, objectives), finite.
+        directions: `minimize` or `maximize` for each objective.
+        among: All points, for the reference and the scale.
+    """
+    signs = np.where([direction == "maximize" for direction in directions], -1.0, 1.0)
+    low, high = (among * signs).min(axis=0), (among * signs).max(axis=0)
+    scaled = (points * signs - low) / np.where(high > low, high - low, 1.0)
+    return float(moocore.hypervolume(scaled, ref=np.ones(scaled.shape[1])))
+
+
 def best_first(points: np.ndarray, directions: Sequence[str]) -> list[int]:
     """Indices of points in the order of NSGA-II: by front, and inside one the lonelier first.
 

@@ -26,6 +26,7 @@ def test_a_run_says_in_json_how_it_ended(finished: dict[str, Any], place: Path) 
         "completed",
         "infeasible",
         "failed",
+        "stopped",
         "seconds",
         "pareto",
         "reasons",
