@@ -1,8 +1,12 @@
 """A job of the real contract that needs no model: exact whole numbers, and every way to go wrong."""
 
 import math
+import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ class Params:
     Attributes:
         x: First number; 0 means the same work at any `y`.
         y: Second number.
-        group: What the rows of a pack share.
+        group: What the rows of a pack share; for modes that happen once, a file that says it has happened.
         mode: `ok`, or one of the ways to go wrong in `run`.
         source: Number in the artifact that the row needs; 0 = it needs none.
         source_depth: How many artifacts stand under that one.
@@ -123,6 +127,9 @@ def _outcomes(params: Params) -> list[Outcome]:
             raise OutOfMemory("told not to fit", limit=1)
         case "die":
             raise Died("told to die")
+        case "freeze once" | "hang once" | "kill once":
+            _once(Path(params.group), params.mode)
+            return [good]
         case "silent":
             return []
         case "twice":
@@ -140,6 +147,17 @@ def _outcomes(params: Params) -> list[Outcome]:
         case "bad tensor":
             return [Outcome(metrics=metrics, tensors={"a": np.array([object()])})]
     raise ValueError(f"mode={params.mode!r}")
+
+
+def _once(flag: Path, mode: str) -> None:
+    """The first time, the process stands still, does not return or is killed."""
+    if flag.exists():
+        return
+    flag.touch()
+    if mode == "hang once":
+        time.sleep(3600)
+    os.kill(os.getpid(), signal.SIGSTOP if mode == "freeze once" else signal.SIGKILL)
+    time.sleep(3600)
 
 
 def _rich(metrics: dict[str, dict[str, float]]) -> Outcome:
