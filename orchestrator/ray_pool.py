@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
 from jobs.errors import ModelError, SteersweepError
 from jobs.spec import ModelRef
@@ -215,6 +215,8 @@ class RayPool:
                 raise ModelError(f"a worker cannot start: {_last_line(error)}") from error
             is_fault = not error.preempted and _NODE_DIED not in str(error)
             return [self._lost(worker, str(error).strip(), is_fault=is_fault)]
+        except ActorUnavailableError as error:
+            return self._ask_again(worker, str(error).strip())
         except RayActorError as error:
             return [self._let_go(worker, str(error).strip())]
         except RayTaskError as error:
@@ -222,12 +224,19 @@ class RayPool:
                 raise error.cause from error
             return [self._let_go(worker, str(error).strip())]
 
+    def _ask_again(self, worker: str, reason: str) -> list[Event]:
+        """Its connection broke: Ray knows a moment later whether it or its machine has died."""
+        member = self._members[worker]
+        member.leaves, member.busy, member.asked = reason, None, time.monotonic()
+        self._await(worker, member.actor.alive.remote(), is_order=False)
+        return []
+
     def _answered(self, reference: Any, worker: str) -> list[Event]:
         member = self._members[worker]
         node = ray.get(reference)
         member.asked = None
         if member.node is not None:
-            return []
+            return self._leave(worker)
         member.node = node
         return [Event(worker, "ready")]
 
