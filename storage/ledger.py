@@ -84,7 +84,7 @@ def read_asked(folder: Path) -> list[Asked]:
             spec=Spec.from_json(event["spec"]),
             seen=event["seen"],
             fixed=tuple(event["fixed"]),
-            group=event["group"],
+            group=event.get("group", event["trial"]),  # older sweeps have none
         )
         for event in _events(folder, "asked")
     ]

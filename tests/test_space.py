@@ -689,7 +689,7 @@ def test_trials_that_would_mean_other_work_now_are_refused(tmp_path: Path) -> No
     pairs.write_text("one")
     planner = Planner(data_space(fixed={"pairs": str(pairs)}), RunConfig())
     params = {"layer": 0, "dose": 0.1}
-    asked = Asked(trial=3, params=params, spec=planner.spec(params), seen=0)
+    asked = Asked(trial=3, params=params, spec=planner.spec(params), seen=0, group=0)
     check_unchanged(planner, [asked])
     older = dataclasses.replace(asked, spec=dataclasses.replace(asked.spec, code="older"))
     with pytest.raises(SpecError) as error:
