@@ -134,7 +134,9 @@ def test_parameters_are_told_after_the_code_has_changed_only_where_they_are_cert
     params = params_to_json(make_params("jobs.generate", {"layer": 1, "dose": 0.5, "direction": "pca"}))
     spec = Spec(job="jobs.generate", code="old", params=params, model=ModelRef(id="m"), data={}, seed=0)
     gone = replace(spec, params={"no such parameter": 1})
-    Ledger(folder).asked([Asked(trial=n, params={}, spec=s, seen=0) for n, s in enumerate((spec, gone))])
+    Ledger(folder).asked(
+        [Asked(trial=n, params={}, spec=s, seen=0, group=n) for n, s in enumerate((spec, gone))]
+    )
     [only] = stored_directions(folder)
     assert only.params is not None
     assert only.params["method"] == "pca"

@@ -297,7 +297,7 @@ class TestSweeps:
 
     def test_a_sweep_does_not_go_on_with_other_weights(self, folder: Path) -> None:
         spec = Planner(SPACE, RunConfig(model=str(folder))).spec({"x": 1})
-        asked = [Asked(trial=7, params={"x": 1}, spec=spec, seen=0)]
+        asked = [Asked(trial=7, params={"x": 1}, spec=spec, seen=0, group=7)]
         check_unchanged(Planner(SPACE, RunConfig(model=str(folder))), asked)
         write(folder / "model.safetensors", "another", nanoseconds=OLD + 1)
         with pytest.raises(SpecError, match=r"the model .*model \(its weights, .*\) changed since trial 7"):

@@ -54,7 +54,7 @@ def add_result(folder: Path, number: int, *, prompts: str, samples: int = 1) -> 
     params = {"prompts": prompts, "count": 0, "samples": samples, "layer": number}
     data = {"prompts": data_hash(prompts)}
     spec = Spec(job="jobs.generate", code="c", params=params, model=ModelRef(id="m"), data=data, seed=0)
-    Ledger(folder).asked([Asked(trial=number, params={}, spec=spec, seen=0)])
+    Ledger(folder).asked([Asked(trial=number, params={}, spec=spec, seen=0, group=number)])
     said = [(0, "select", "Pick one."), (2, "report", "Pick again."), (3, "report", "And now?")]
     completions = [
         {"spec": spec.id, "split": split, "item": item * samples + sample, "prompt": prompt, "text": text}
