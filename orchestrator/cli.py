@@ -92,7 +92,7 @@ def resume(
     """Go on with a sweep that was stopped, with the space and configuration it was started with."""
     from orchestrator.config import split_settings
     from orchestrator.folder import extend
-    from orchestrator.launch import load_kept
+    from orchestrator.reopening import load_kept
 
     fields, fixed = split_settings(settings or [])
     if fixed:
@@ -116,7 +116,7 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Let trials that have failed, and what they required and failed, run again."""
-    from orchestrator.launch import load_kept, withdraw_failed
+    from orchestrator.reopening import load_kept, withdraw_failed
 
     if state != "failed":
         raise SpecError(f"--state {state!r}; only trials that failed can be tried again: give failed")

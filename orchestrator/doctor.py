@@ -1,23 +1,23 @@
 """Whether ledger, study, tables, artifacts and MLflow of a sweep say the same; and mending it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.errors import SpecError
 from orchestrator.budget import Budget
 from orchestrator.config import RunConfig
-from orchestrator.launch import journal_path, load_kept, open_sampler
 from orchestrator.planning import planned_trials
 from orchestrator.progress import Tally
+from orchestrator.reopening import journal_path, load_kept, open_sampler
 from orchestrator.results import Results
 from search_spaces.base import Space
 from storage.artifacts import Artifact, is_whole
 from storage.durable import drop_torn_line, is_torn, staging_files
-from storage.ledger import ledger_path, read_asked
+from storage.ledger import Asked, ledger_path, read_asked
 from storage.lock import driver, driving
 from storage.mlflow_log import Mirror
 from storage.scores import scores_of
@@ -53,6 +53,16 @@ class _Examination:
     mend: Callable[[], object] | None
 
 
+class _Kept(NamedTuple):
+    """What is compared, read once."""
+
+    folder: Path
+    space: Space
+    config: RunConfig
+    store: Store
+    asked: Sequence[Asked]
+
+
 def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
     """Compare what a sweep has kept, and mend what can be mended.
 
@@ -74,8 +84,9 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
         if repair:
             stack.enter_context(driving(folder))
         findings: list[Finding] = []
+        kept = _Kept(folder, file.space, config, Store(folder), read_asked(folder))
         for look in (_torn_logs, _trials, _study, _artifacts, _leftovers, _mlflow):
-            for found in look(folder, file.space, config):
+            for found in look(kept):
                 if repair and found.mend is not None:
                     found.mend()
                     found.finding.is_mended = True
@@ -92,8 +103,8 @@ def _found(
     return [_Examination(Finding(where, what, len(every), every[:_EXAMPLES]), mend)] if every else []
 
 
-def _torn_logs(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    torn = [path for path in (ledger_path(folder), journal_path(folder)) if is_torn(path)]
+def _torn_logs(kept: _Kept) -> list[_Examination]:
+    torn = [path for path in (ledger_path(kept.folder), journal_path(kept.folder)) if is_torn(path)]
 
     def cut() -> None:
         for path in torn:
@@ -102,26 +113,25 @@ def _torn_logs(folder: Path, space: Space, config: RunConfig) -> list[_Examinati
     return _found("logs", "the last line is torn", [path.name for path in torn], cut)
 
 
-def _trials(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    asked = {trial.trial: trial.spec.id for trial in read_asked(folder)}
-    store = Store(folder)
-    specs = [(row["trial"], row["spec"]) for row in store.rows("trials")]
+def _trials(kept: _Kept) -> list[_Examination]:
+    asked = {trial.trial: trial.spec.id for trial in kept.asked}
+    specs = [(row["trial"], row["spec"]) for row in kept.store.rows("trials")]
     times = Counter(trial for trial, _ in specs)
     wrong = {
         "more than one result was accepted": [trial for trial in times if times[trial] > 1],
         "the ledger lacks them": sorted(times.keys() - asked.keys()),
         "the ledger has them with another spec": [t for t, spec in specs if asked.get(t, spec) != spec],
-        "their result is not there": [trial for trial, spec in specs if spec not in store.results],
+        "their result is not there": [trial for trial, spec in specs if spec not in kept.store.results],
     }
     return [found for what, trials in wrong.items() for found in _found("trials", what, trials, None)]
 
 
-def _study(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    sampler = open_sampler(folder, space, config)
-    budget = Budget(config, space.objectives)
-    results = Results(Store(folder), space, sampler, Tally(total=0), budget, lambda: None)
-    rows = {row["trial"]: row for row in Store(folder).rows("trials")}
-    asked = {trial.trial: trial.params for trial in read_asked(folder)}
+def _study(kept: _Kept) -> list[_Examination]:
+    sampler = open_sampler(kept.folder, kept.space, kept.config)
+    budget = Budget(kept.config, kept.space.objectives)
+    results = Results(kept.store, kept.space, sampler, Tally(total=0), budget, lambda: None)
+    rows = {row["trial"]: row for row in kept.store.rows("trials")}
+    asked = {trial.trial: trial.params for trial in kept.asked}
     ended = {number: results.end_of(row) for number, row in rows.items() if number in asked}
     wrong = sampler.disagreements(asked, ended)
 
@@ -144,15 +154,15 @@ def _lines(wrong: Mapping[Any, str]) -> list[str]:
     return [f"{trial}: {what}" for trial, what in wrong.items()]
 
 
-def _artifacts(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    rows = Store(folder).rows("artifacts")
+def _artifacts(kept: _Kept) -> list[_Examination]:
+    rows = kept.store.rows("artifacts")
     listed = {row["path"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in rows}
-    absent = [path for path in listed if not (folder / path).is_file()]
-    damaged = [path for path in listed if path not in absent and not is_whole(folder, listed[path])]
+    absent = [path for path in listed if not (kept.folder / path).is_file()]
+    damaged = [path for path in listed if path not in absent and not is_whole(kept.folder, listed[path])]
 
     def remove() -> None:
         for path in damaged:
-            (folder / path).unlink()
+            (kept.folder / path).unlink()
 
     return [
         *_found("leftovers", "artifacts are gone; what needs them computes them again", absent, None),
@@ -160,22 +170,22 @@ def _artifacts(folder: Path, space: Space, config: RunConfig) -> list[_Examinati
     ]
 
 
-def _leftovers(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    listed = {file.path for store in (Store(folder), scores_of(folder)) for file in store.files()}
-    written = {str(path.relative_to(folder)) for path in folder.glob("tables/**/*.parquet")}
-    paths = [folder / path for path in sorted(written - listed)] + list(staging_files(folder))
+def _leftovers(kept: _Kept) -> list[_Examination]:
+    listed = {file.path for store in (kept.store, scores_of(kept.folder)) for file in store.files()}
+    written = {str(path.relative_to(kept.folder)) for path in kept.folder.glob("tables/**/*.parquet")}
+    paths = [kept.folder / path for path in sorted(written - listed)] + list(staging_files(kept.folder))
 
     def remove() -> None:
         for path in paths:
             path.unlink(missing_ok=True)
 
-    names = [path.relative_to(folder) for path in paths]
+    names = [path.relative_to(kept.folder) for path in paths]
     return _found("leftovers", "files of writers that died", names, remove)
 
 
-def _mlflow(folder: Path, space: Space, config: RunConfig) -> list[_Examination]:
-    mirror = Mirror(folder, config.mlflow)
-    is_over = len(Store(folder).rows("trials")) >= planned_trials(space, config)
+def _mlflow(kept: _Kept) -> list[_Examination]:
+    mirror = Mirror(kept.folder, kept.config.mlflow)
+    is_over = len(kept.store.rows("trials")) >= planned_trials(kept.space, kept.config)
 
     def write() -> None:
         mirror.sync()

@@ -15,7 +15,7 @@ from jobs.spec import Outcome
 from orchestrator.config import RunConfig
 from orchestrator.doctor import examine
 from orchestrator.folder import claimed, extend
-from orchestrator.launch import journal_path, load_kept, open_sampler, withdraw_failed
+from orchestrator.reopening import journal_path, load_kept, open_sampler, withdraw_failed
 from orchestrator.space_file import load_space
 from orchestrator.sweep import Sweep
 from orchestrator.worker import attempt_line

@@ -21,8 +21,8 @@ from jobs.errors import ModelError, SpecError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig, make_config, split_settings
 from orchestrator.folder import check_free, claimed, differences, identify
-from orchestrator.launch import load_kept
 from orchestrator.planning import Planner, check_unchanged
+from orchestrator.reopening import load_kept
 from orchestrator.space_file import (
     SpaceFile,
     check_space,

@@ -93,6 +93,14 @@ def sketched_power(points_KD: Tensor, images_KD: Tensor, *, times: int) -> Tenso
     The operator is taken to be symmetric without negative eigenvalues, and to be no more than the images
     show: M ~ Y^T (X Y^T)^-1 Y for the images Y of the points X, as rows. A single image stays as it is.
 
+    Args:
+        points_KD: What it was applied to, shape (K, D), of any norm.
+        images_KD: What it made of them, shape (K, D).
+        times: Further products, at least 1.
+
+    Returns:
+        Unit vectors, shape (K, D), of the images' dtype.
+
     Sources: the Nyström approximation, Halko et al. 2011 (arXiv:0909.4061), section 5.4.
     """
     images = images_KD.double()
