@@ -99,8 +99,8 @@ def reached(ground: Timed, targets_V: Tensor) -> Reached | None:
 
 def bench_radius(
     replica: Replica, slice_: Slice, counted_NT: Tensor, ids: Sequence[int], radius: float
-) -> dict[str, Any]:
-    """Peers and ours from the same starts at one R."""
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Peers and ours from the same starts at one R: the times, and the vectors of both."""
     surface = Surface(radius=radius)
     start_VD = surface.drawn(VECTORS, replica.hidden_size, seed=0)
     where: dict[str, Any] = {"source": SOURCE, "target": TARGET, "steps": STEPS, "radius": radius}
@@ -121,7 +121,7 @@ def bench_radius(
     drift = (faithful.history_SV[:10] / all_.history_SV[:10] - 1).abs().max()
     original_seconds = few.seconds * VECTORS / ORIGINAL_VECTORS
     step_seconds = ground.seconds[0]
-    return {
+    times = {
         "machine": describe(),
         "date": date.today().isoformat(),
         "targets": targets_V.tolist(),
@@ -139,10 +139,8 @@ def bench_radius(
         "objective_ratio_lowest": float((found.values_V / targets_V).min()),
         "peers_apart": float(apart),
         "amsgrad_apart": float(drift),
-        **bench_diversity(
-            replica, slice_, counted_NT, radius, {"ours": found.theta_VD, "AMSGrad": all_.theta_VD}
-        ),
     }
+    return times, {"ours": found.theta_VD, "AMSGrad": all_.theta_VD}
 
 
 def gradient_error(replica: Replica, slice_: Slice, counted_NT: Tensor, ids: Sequence[int]) -> float:
@@ -278,7 +276,7 @@ def bench_costs(replica: Replica, ids: Sequence[int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time everything, print it and write it, one R after another."""
+    """Time everything, then compare what was found; print it and write it, one R after another."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.melbo", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
@@ -306,20 +304,33 @@ def main(arguments: Sequence[str]) -> None:
             torch.float32, inputs=replica.hidden_size, outputs=4 * replica.hidden_size
         ),
         "flops_a_look": 2 * VECTORS * len(ids) * (TARGET - SOURCE) * block_flops(replica),
-        "radii": before.get("radii", {}),
+        "radii": {r: old for r, old in before.get("radii", {}).items() if float(r) not in options.radii},
         "large_power": before.get("large_power"),
     }
     result["gradient_relative_error"] = gradient_error(replica, slice_, counted_NT, ids)
     result["costs"] = bench_costs(replica, ids)
+    free: dict[float, dict[str, Tensor]] = {}
+    for radius in options.radii:
+        found, free[radius] = bench_radius(replica, slice_, counted_NT, ids, radius)
+        _keep(result, radius, found, options.out)
+    for radius in options.radii:
+        found = bench_diversity(replica, slice_, counted_NT, radius, free[radius])
+        _keep(result, radius, found | bench_orthogonal(slice_, counted_NT, radius), options.out)
     if options.steep:
         result["large_power"] = bench_large_power(slice_, counted_NT)
-    for radius in options.radii:
-        found = bench_radius(replica, slice_, counted_NT, ids, radius)
-        found |= bench_orthogonal(slice_, counted_NT, radius)
-        result["radii"][str(radius)] = found
-        print(json.dumps({str(radius): found}, indent=2), flush=True)
-        result |= _summary(list(result["radii"].values()))
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        _write(result, options.out)
+
+
+def _keep(result: dict[str, Any], radius: float, found: dict[str, Any], path: Path) -> None:
+    print(json.dumps({str(radius): found}, indent=2), flush=True)
+    result["radii"][str(radius)] = result["radii"].get(str(radius), {}) | found
+    _write(result, path)
+
+
+def _write(result: dict[str, Any], path: Path) -> None:
+    whole = [found for found in result["radii"].values() if {"sets", "targets"} <= found.keys()]
+    result |= _summary(whole) if whole else {}
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -76,8 +76,10 @@ class Worker:
         if model == self._model:
             return False
         self._weights.close()
-        self._model = self._tuned = self._replica = None
-        gc.collect()
+        self._model = self._tuned = None
+        if self._replica is not None:
+            self._replica = None
+            gc.collect()
         self._replica = self._load(model, **self._options)
         self._model = model
         return True

@@ -15,7 +15,7 @@ from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig, make_config
 from search_spaces.base import Grid, Objective
 from storage.pareto import hypervolume
-from tests.test_sweep import drive, make_space, trials_of
+from tests.sweeps import drive, make_space, trials_of
 
 OBJECTIVES = [Objective(metric="a", direction="maximize"), Objective(metric="b", direction="minimize")]
 

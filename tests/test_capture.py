@@ -44,7 +44,7 @@ from tests.models import (
     tiny_replica,
     tiny_tokenizer,
 )
-from tests.test_sweep import drive, make_space
+from tests.sweeps import drive, make_space
 
 PROMPTS = [
     [40, 41, 42],

@@ -24,7 +24,7 @@ from storage.query import open_sweep
 from storage.store import Store
 from tests.fakes import write_sweep
 from tests.models import HIDDEN, LAYERS, tiny_replica
-from tests.test_sweep import drive, make_space
+from tests.sweeps import drive, make_space
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from storage.artifacts import read_artifact
 from storage.ledger import read_asked
 from storage.query import open_sweep
 from tests.models import HIDDEN, LAYERS, tiny_replica
+from tests.sweeps import drive, make_space
 from tests.test_export import arrays, store
-from tests.test_sweep import drive, make_space
 
 PROMPTS = [
     {"split": "extract", "prompt": "Tell me a story."},

@@ -34,7 +34,7 @@ from storage.scores import scoring
 from storage.store import Part, Store, StoredResult
 from tests.fakes import write_sweep
 from tests.models import tiny_replica
-from tests.test_sweep import drive, make_space
+from tests.sweeps import drive, make_space
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = (

@@ -28,7 +28,7 @@ from storage.pareto import best_first, pareto
 from storage.query import open_sweep
 from tests import fake_job, fake_source
 from tests.fakes import MODEL, Stopped, load_nothing
-from tests.test_sweep import drive, make_space, study_of, trials_of
+from tests.sweeps import drive, make_space, study_of, trials_of
 
 XS = Grid([1, 2, 3, 4, 5, 6])
 

@@ -2,32 +2,24 @@
 
 import dataclasses
 import errno
-import json
 import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import optuna
 import pytest
-from optuna.trial import TrialState
 
 from jobs.errors import SpecError
-from jobs.resolve import make_params
 from jobs.spec import Status
 from orchestrator import worker as worker_module
-from orchestrator.config import RunConfig
-from orchestrator.folder import claimed
 from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
-from orchestrator.space_file import SpaceFile
-from orchestrator.sweep import Sweep
 from search_spaces.base import Float, Grid, Int, Objective, Space
 from storage.artifacts import read_artifact, write_artifact
 from storage.donors import Donors
@@ -37,128 +29,20 @@ from storage.pareto import pareto
 from storage.query import open_sweep
 from storage.store import Store
 from tests import fake_job, fake_source
-from tests.fakes import InlinePool, SilentProgress, Stopped
-
-OBJECTIVES = (
-    Objective(metric="total", direction="maximize"),
-    Objective(metric="square", direction="minimize"),
+from tests.fakes import InlinePool, Stopped
+from tests.sweeps import (
+    NUMBERS,
+    OBJECTIVES,
+    SCENARIOS,
+    check_ended,
+    drive,
+    make_space,
+    metrics_of,
+    outcome_of,
+    prepare,
+    study_of,
+    trials_of,
 )
-NUMBERS = {"x": Grid([1, 2, 3, 4, 5, 6]), "group": Grid(["a", "b"])}
-
-
-def make_space(parameters: Mapping[str, Any] = NUMBERS, **changes: Any) -> Space:
-    values: dict[str, Any] = {
-        "description": "numbers",
-        "job": "tests.fake_job",
-        "parameters": parameters,
-        "objectives": OBJECTIVES,
-        "sampler": "grid",
-        **changes,
-    }
-    return Space(**values)
-
-
-class Driven(NamedTuple):
-    tally: Tally
-    pool: InlinePool
-
-
-def prepare(folder: Path, space: Space, *, workers: int = 2, max_pack: int = 4, seed: int = 0) -> RunConfig:
-    config = RunConfig(model="no-model", workers=workers, max_pack=max_pack, seed=seed)
-    if not (folder / "sweep.json").exists():
-        with claimed(folder, SpaceFile(space, Path("fake.py"), "SPACE = ..."), config):
-            pass
-    return config
-
-
-def drive(
-    folder: Path,
-    space: Space,
-    *,
-    trials: int,
-    workers: int = 2,
-    max_pack: int = 4,
-    sampler: str | None = None,
-    on_result: Callable[[], None] = lambda: None,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
-    pool: InlinePool | None = None,
-    reuse: Sequence[Path] = (),
-    **pool_options: Any,
-) -> Driven:
-    """What `run_sweep` does, without Ray, mirror and report."""
-    config = prepare(folder, space, workers=workers, max_pack=max_pack)
-    pool = pool or InlinePool(folder, workers=workers, **pool_options)
-    sweep = Sweep(
-        folder,
-        space=space,
-        config=config,
-        trials=trials,
-        sampler=open_sampler(folder, space, sampler),
-        pool=pool,
-        donors=Donors(reuse),
-        progress=SilentProgress(),
-        is_asked_to_stop=is_asked_to_stop,
-        on_result=on_result,
-    )
-    return Driven(sweep.run(), pool)
-
-
-def open_sampler(folder: Path, space: Space, name: str | None = None) -> OptunaSampler:
-    return OptunaSampler(
-        space, name=name or space.sampler, seed=0, journal=folder / "optuna.journal", study="study"
-    )
-
-
-def trials_of(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the trials that have ended, with a key for each parameter; DuckDB would be slow at this."""
-    rows = sorted(Store(folder).rows("trials"), key=lambda row: row["trial"])
-    return [{**json.loads(row["params"]), **row} for row in rows]
-
-
-def metrics_of(folder: Path) -> dict[tuple[str, str, str], float | None]:
-    """All metrics as the store holds them, by spec, split and name; each stands there once."""
-    rows = Store(folder).rows("metrics")
-    found = {(row["spec"], row["split"], row["name"]): row["value"] for row in rows}
-    assert len(found) == len(rows)
-    return found
-
-
-def proposed(row: Mapping[str, Any], space: Space) -> fake_job.Params:
-    params: fake_job.Params = make_params(space.job, {**space.fixed, **json.loads(row["params"])})
-    return params
-
-
-def study_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
-    storage = optuna.storages.JournalStorage(backend)
-    return optuna.load_study(study_name="study", storage=storage).trials
-
-
-def check_ended(folder: Path, space: Space, *, trials: int) -> None:
-    """What holds of every sweep that has ended, whatever happened on the way."""
-    rows = trials_of(folder)
-    assert [row["trial"] for row in rows] == list(range(trials))
-    assert {row["state"] for row in rows} <= {"completed", "infeasible", "failed"}
-    assert all((row["reason"] is None) == (row["state"] == "completed") for row in rows)
-    metrics = metrics_of(folder)
-    first: dict[str, int] = {}
-    for row in rows:
-        earlier = first.setdefault(row["spec"], row["trial"])
-        assert row["reused_from"] == (None if earlier == row["trial"] else earlier)
-        assert (row["seconds"] is None) == (row["reused_from"] is not None) or row["state"] != "completed"
-        if row["state"] == "completed":
-            for split, values in fake_job.expected(proposed(row, space)).items():
-                for name, value in values.items():
-                    assert metrics[row["spec"], split, name] == value
-    told = {"completed": TrialState.COMPLETE, "infeasible": TrialState.PRUNED, "failed": TrialState.FAIL}
-    study = study_of(folder)
-    assert [trial.state for trial in study] == [told[row["state"]] for row in rows]
-    assert [trial.params for trial in study] == [json.loads(row["params"]) for row in rows]
-    assert all(
-        trial.values == [metrics[row["spec"], "select", objective.metric] for objective in space.objectives]
-        for trial, row in zip(study, rows, strict=True)
-        if row["state"] == "completed"
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -713,45 +597,6 @@ class TestReuse:
     def test_a_folder_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="holds no sweep"):
             Donors([tmp_path])
-
-
-class Scenario(NamedTuple):
-    """A sweep that is stopped and taken up again, and at every how many events."""
-
-    space: Space
-    trials: int
-    losses: dict[int, Any]
-    every: int = 1
-
-
-SCENARIOS = {
-    "grid": Scenario(make_space({"x": Grid([0, 1, 2]), "y": Grid([1.0, 2.0])}), 6, {}),
-    "prerequisites and failures": Scenario(
-        make_space({"mode": Grid(["ok", "fail", "raise", "nan"]), "x": Grid([1, 2])}, fixed={"source": 5}),
-        8,
-        {2: "after"},
-    ),
-    "random packs": Scenario(
-        make_space({"group": Grid(["a", "b", "c"]), "x": Int(low=1, high=99)}, sampler="random", trials=18),
-        18,
-        {3: "after"},
-        every=6,
-    ),
-    "random with duplicates": Scenario(
-        make_space({"x": Int(low=0, high=2), "y": Grid([1.0, 2.0])}, sampler="random", trials=10),
-        10,
-        {1: "before"},
-    ),
-}
-
-
-def outcome_of(folder: Path) -> dict[str, Any]:
-    """What a sweep is worth in the end: every trial's parameters and state, and every metric."""
-    rows = [
-        {key: row[key] for key in ("trial", "spec", "state", "reason", "reused_from", "params")}
-        for row in trials_of(folder)
-    ]
-    return {"trials": rows, "metrics": metrics_of(folder)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from orchestrator.models import Models, job_values, varied_models
 from search_spaces.base import Float, Grid, Space
 from storage.query import open_sweep
 from tests.fakes import InlinePool
-from tests.test_sweep import drive, make_space, trials_of
+from tests.sweeps import drive, make_space, trials_of
 
 XS = {"x": Grid([1, 2, 3, 4, 5, 6])}
 
