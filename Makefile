@@ -1,4 +1,5 @@
-# make install | demo | test | chaos | studies | lint | bench-steering | bench-melbo | bench-gpu | lock
+# make install | demo | test | chaos | studies | lint | bench-steering | bench-melbo |
+#      bench-orchestrator | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-gpu lock
+.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-orchestrator bench-gpu lock
 
 install: $(STAMP)
 
@@ -44,9 +45,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The kills that `make test` leaves out.
+# The kills that `make test` leaves out; writes benchmarks/results/chaos.json.
 chaos: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m chaos
+	$(BIN)/python -m benchmarks.chaos
 
 lint: install
 	$(BIN)/ruff check .
@@ -68,6 +69,10 @@ bench-steering: install
 bench-melbo: install
 	$(BIN)/python -m benchmarks.dct
 	$(BIN)/python -m benchmarks.melbo
+
+# About ten minutes on 2 cores; writes benchmarks/results/orchestrator.json.
+bench-orchestrator: install
+	$(BIN)/python -m benchmarks.orchestrator
 
 # Needs a GPU; writes benchmarks/results/gpu.json.
 bench-gpu: install

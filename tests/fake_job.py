@@ -27,12 +27,14 @@ class Params:
     Attributes:
         x: First number; 0 means the same work at any `y`.
         y: Second number.
-        group: What the rows of a pack share; for modes that happen once, a file that says it has happened.
+        group: What the rows of a pack share; for modes that happen once, a file whose name, with mode and x
+            behind it, says that it has happened.
         mode: `ok`, or one of the ways to go wrong in `run`.
         source: Number in the artifact that the row needs; 0 = it needs none.
         source_depth: How many artifacts stand under that one.
         source_mode: How the source behaves.
         layer: A layer, which changes nothing.
+        seconds: How long the row takes.
     """
 
     x: int
@@ -43,6 +45,7 @@ class Params:
     source_depth: int = 0
     source_mode: str = "ok"
     layer: int = 0
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.x < -1000:
@@ -97,6 +100,7 @@ def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[i
             assert held == row.params.source * (row.params.source_depth + 1), (
                 "not the artifact that was required"
             )
+        time.sleep(row.params.seconds)
         yield from ((index, outcome) for outcome in _outcomes(row.params))
 
 
@@ -128,7 +132,7 @@ def _outcomes(params: Params) -> list[Outcome]:
         case "die":
             raise Died("told to die")
         case "freeze once" | "hang once" | "kill once":
-            _once(Path(params.group), params.mode)
+            _once(Path(f"{params.group} {params.mode} {params.x}"), params.mode)
             return [good]
         case "silent":
             return []

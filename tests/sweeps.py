@@ -17,6 +17,7 @@ from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
 from search_spaces.base import Grid, Int, Objective, Space
 from storage.donors import Donors
+from storage.ledger import read_asked
 from storage.store import Store
 from tests import fake_job
 from tests.fakes import InlinePool, SilentProgress
@@ -113,7 +114,7 @@ def proposed(row: Mapping[str, Any], space: Space) -> fake_job.Params:
 def study_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
     backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
     storage = optuna.storages.JournalStorage(backend)
-    return optuna.load_study(study_name="study", storage=storage).trials
+    return optuna.load_study(study_name=None, storage=storage).trials
 
 
 def check_ended(folder: Path, space: Space, *, trials: int) -> None:
@@ -136,6 +137,11 @@ def check_ended(folder: Path, space: Space, *, trials: int) -> None:
     study = study_of(folder)
     assert [trial.state for trial in study] == [told[row["state"]] for row in rows]
     assert [trial.params for trial in study] == [json.loads(row["params"]) for row in rows]
+    asked = read_asked(folder)
+    assert [(trial.trial, trial.params) for trial in asked] == [
+        (row["trial"], json.loads(row["params"])) for row in rows
+    ]
+    assert [trial.spec.id for trial in asked] == [row["spec"] for row in rows]
     assert all(
         trial.values == [metrics[row["spec"], "select", objective.metric] for objective in space.objectives]
         for trial, row in zip(study, rows, strict=True)
