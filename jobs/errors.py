@@ -13,7 +13,11 @@ class ModelError(SteersweepError):
     """The model cannot be found, loaded or steered: choose another model or revision."""
 
 
-class OutOfMemory(SteersweepError):
+class DoesNotFit(SteersweepError):
+    """More is asked for than the machines have: memory, or disk."""
+
+
+class OutOfMemory(DoesNotFit):
     """A single row does not fit on this replica.
 
     Attributes:

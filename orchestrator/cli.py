@@ -3,19 +3,21 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
 from jobs import catalog
-from jobs.errors import ModelError, OutOfMemory, SpecError, SteersweepError
+from jobs.errors import DoesNotFit, ModelError, SpecError, SteersweepError
 from orchestrator import kept, shipped
 from orchestrator.kept import Folder
-from orchestrator.printing import Json, print_json, print_pareto, print_reasons, say
+from orchestrator.printing import Json, print_json, print_pareto, print_plan, print_reasons, say
 from storage.durable import StoreError
 
 if TYPE_CHECKING:
@@ -40,38 +42,85 @@ Reuse = Annotated[
 ]
 
 
+SpaceArgument = Annotated[
+    Path, typer.Argument(metavar="SPACE", help="A space file, such as search_spaces/tone_grid.py.")
+]
+Trials = Annotated[
+    int | None, typer.Option(help="Number of trials; a grid needs none, and takes its first N cells.")
+]
+Workers = Annotated[int | None, typer.Option(help="Replicas, each in a Ray actor of its own.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampler and of every row.")]
+BudgetHours = Annotated[float | None, typer.Option(help="Start no further pack after so many hours.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: a field of the run configuration, or space.NAME=value."),
+]
+
+
 @app.command()
 def run(
-    space: Annotated[Path, typer.Argument(help="A space file, such as search_spaces/tone_grid.py.")],
+    space: SpaceArgument,
     out: Annotated[Path, typer.Option(help="Folder for all that the sweep keeps; the same call resumes it.")],
-    trials: Annotated[
-        int | None, typer.Option(help="Number of trials; a grid needs none, and takes its first N cells.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Replicas, each in a Ray actor of its own.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler and of every row.")] = None,
-    budget_hours: Annotated[
-        float | None, typer.Option(help="Start no further pack after so many hours.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: a field of the run configuration, or space.NAME=value."),
-    ] = None,
+    trials: Trials = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    budget_hours: BudgetHours = None,
+    settings: Settings = None,
     reuse: Reuse = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run a sweep, or go on with one."""
+    options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
+    file, config = _load(space, options, settings)
+    _drive(file, config, out, reuse or (), address, as_json)
+
+
+@app.command()
+def plan(
+    space: SpaceArgument,
+    out: Annotated[Path, typer.Option(help="Where the sweep's folder would be.")] = Path(),
+    seconds: Annotated[float, typer.Option(help="How long to measure, if one trial takes no longer.")] = 20.0,
+    trials: Trials = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    budget_hours: BudgetHours = None,
+    settings: Settings = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a sweep would take: hours, memory, disk. Measures a trial or two; keeps nothing."""
+    from orchestrator.plan import make_plan
+
+    options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
+    file, config = _load(space, options, settings)
+    with ExitStack() as stack:
+        elsewhere = None
+        if address is not None:
+            from orchestrator.ray_cluster import connected, on_a_machine
+
+            stack.enter_context(connected(config, address))
+            elsewhere = partial(on_a_machine, config)
+        found = make_plan(file.space, config, out=out, seconds=seconds, elsewhere=elsewhere)
+    if as_json:
+        print_json(found)
+    else:
+        print_plan(found)
+
+
+def _load(
+    space: Path, options: Mapping[str, Any], settings: list[str] | None
+) -> tuple["SpaceFile", "RunConfig"]:
+    """A space file as it is to be run, and how."""
     from orchestrator.config import make_config, split_settings
     from orchestrator.space_file import load_space, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
-    options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
     file = load_space(space)
     settled = with_fixed(file.space, fixed, Path.cwd())
-    file = file._replace(space=with_absolute_data(settled, (file.path.parent, Path.cwd())))
-    _drive(file, config, out, reuse or (), address, as_json)
+    return file._replace(space=with_absolute_data(settled, (file.path.parent, Path.cwd()))), config
 
 
 @app.command()
@@ -225,7 +274,7 @@ def _advice(error: SteersweepError | OSError) -> str:
 
 def _exit_code(error: SteersweepError | OSError) -> int:
     match error:
-        case OutOfMemory():
+        case DoesNotFit():
             return 3
         case SpecError() | ModelError() | StoreError() | OSError():
             return 2

@@ -131,6 +131,11 @@ class RunConfig(BaseModel):
             tuned=self.tuned,
         )
 
+    @property
+    def memory(self) -> int | None:
+        """`memory_gib` in bytes."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
+
     def pinned(self) -> "RunConfig":
         """The same with the commit of a Hugging Face id, where this machine knows it: a branch may move."""
         found = commit(self.model_ref)

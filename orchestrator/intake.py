@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jobs.resolve import load_job
+from jobs.resolve import load_job, parse_use
 from jobs.spec import Spec
 from orchestrator.planning import Planner
+from orchestrator.pool import Order, OrderRow
 from orchestrator.promotion import held_back
 from orchestrator.results import Results
 from orchestrator.scheduler import Kind, Scheduler, Task
 from search_spaces.base import Space
+from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.ledger import Asked
 from storage.store import Part, StoredResult
@@ -241,6 +243,25 @@ def make_task(spec: Spec, needs: Iterable[Spec], *, is_trial: bool, is_alone: bo
         pack_key=json.dumps([spec.params[name] for name in pack_by or ()]) if is_packed else None,
         needs=frozenset(need.id for need in needs),
         is_trial=is_trial,
+    )
+
+
+def make_order(attempt: str, rows: Sequence[Planned], artifacts: Mapping[str, Artifact]) -> Order:
+    """Specs of one job and model as the order that a worker gets.
+
+    Args:
+        attempt: Id of the try.
+        rows: What to compute.
+        artifacts: Spec id -> its artifact, for all that the rows need.
+    """
+    job, model = rows[0].spec.job, rows[0].spec.model
+    return Order(
+        attempt=attempt,
+        job=job,
+        model=model,
+        rows=tuple(OrderRow(row.spec.id, dict(row.spec.params), row.spec.seed) for row in rows),
+        artifacts={key: artifacts[need.id] for row in rows for key, need in row.needs.items()},
+        tuned=artifacts[rows[0].needs[parse_use(model.tuned).key].id] if model.tuned else None,
     )
 
 

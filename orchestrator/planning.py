@@ -8,6 +8,7 @@ from jobs.resolve import load_job, make_params, make_spec, prerequisites
 from jobs.spec import Requirement, Spec
 from orchestrator.config import RunConfig
 from orchestrator.models import MODEL_FIELDS, Models, job_values
+from orchestrator.scheduler import pack_limit
 from orchestrator.space_file import grid_size
 from search_spaces.base import Space
 from storage.ledger import Asked
@@ -76,6 +77,13 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
             f"the {what} changed since trial {trial.trial} was asked for, and old and new trials could not "
             "be compared; put it back, or start anew with another --out"
         )
+
+
+def group_size(space: Space, config: RunConfig, *, unasked: int) -> int:
+    """How many trials to ask for together: what a stage compares, or else a pack."""
+    if any(stage.keep < 1 for stage in space.stages):
+        return min(unasked, space.bracket)
+    return pack_limit(unasked=unasked, workers=config.workers, max_pack=config.max_pack)
 
 
 def planned_trials(space: Space, config: RunConfig) -> int:

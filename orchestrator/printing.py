@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +40,28 @@ def print_reasons(reasons: list[dict[str, Any]]) -> None:
 
 
 _MOST_REASONS = 5
+
+
+def print_plan(found: Mapping[str, Any]) -> None:
+    """What a sweep would take, in a few lines."""
+    first = "".join(f", {number} x {job} before them" for job, number in found["prerequisites"].items())
+    say(f"{found['trials']} trials in {found['packs']} packs{first}; {found['tokens']:.3g} tokens")
+    workers = f"{found['workers']} workers ({found['worker_hours']:.3g} worker hours)"
+    say(f"{_duration(found['hours'])} with {workers}")
+    if found["trials_in_budget"] is not None:
+        say(f"the budget is enough for about {found['trials_in_budget']} of them")
+    memory = f"{found['weights_gib']:.2f} GiB of weights, at its most {found['peak_gib']:.2f} GiB so far"
+    say(f"a worker on {found['device']}: {memory}, loaded in {found['loading_seconds']:.0f} s")
+    say(f"disk: about {found['disk_gib']:.3g} GiB of {found['free_disk_gib']:.3g} GiB free")
+    for job, pace in found["measured"].items():
+        say(
+            f"measured: {job}, up to {pace['rows']} rows together, {pace['pack_seconds']:.3g} s a pack and "
+            f"{1000 * pace['token_seconds']:.3g} s for 1000 tokens"
+        )
+
+
+def _duration(hours: float) -> str:
+    return f"about {hours:.1f} hours" if hours >= 1.5 else f"about {60 * hours:.0f} minutes"
 
 
 def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -3,18 +3,20 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
+from ray.exceptions import RayTaskError
 
-from jobs.errors import SpecError
+from jobs.errors import SpecError, SteersweepError
 from orchestrator.config import RunConfig
 
+Found = TypeVar("Found")
 _CONNECT_SECONDS = 5.0
 
 
@@ -50,6 +52,32 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def on_a_machine(config: RunConfig, act: Callable[[], Found]) -> Found:
+    """What a function gives on a machine of the cluster that could hold a worker.
+
+    Args:
+        config: Size of a worker.
+        act: The function; the project has to be installed there too.
+
+    Raises:
+        SteersweepError: If the function raises one.
+    """
+    there: Any = ray.remote(act).options(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+        resources=config.resources or None,
+        label_selector=config.labels or None,
+        max_retries=0,
+    )
+    try:
+        found: Found = ray.get(there.remote())
+    except RayTaskError as error:
+        if isinstance(error.cause, SteersweepError):
+            raise error.cause from error
+        raise
+    return found
 
 
 def has_died() -> bool:

@@ -20,7 +20,7 @@ from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.ray_cluster import draining_nodes, has_died
-from orchestrator.worker import Worker
+from orchestrator.worker import Worker, device_of
 from orchestrator.worker_logs import worker_log
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,9 @@ class WorkerActor:
         import torch
 
         torch.set_num_threads(cpus)
-        device = "auto" if gpus > 1 else "cuda" if gpus > 0 else "cpu"
-        self._worker = Worker(Path(folder), model, device=device, token_budget=token_budget, memory=memory)
+        self._worker = Worker(
+            Path(folder), model, device=device_of(gpus), token_budget=token_budget, memory=memory
+        )
 
     @ray.method(concurrency_group="control")
     def alive(self) -> str:
@@ -156,7 +157,7 @@ class RayPool:
             cpus=config.cpus_per_worker,
             gpus=config.gpus_per_worker,
             token_budget=config.token_budget,
-            memory=None if config.memory_gib is None else int(config.memory_gib * 2**30),
+            memory=config.memory,
         )
         self._members[name] = _Member(actor)
         self._await(name, actor.alive.remote(), is_order=False)

@@ -92,6 +92,17 @@ class OptunaSampler:
         self._asked += 1
         return Proposal(trial.number, self._plain(trial), len(self._ended), tuple(held))
 
+    def ask_together(self, count: int, shared: Sequence[str]) -> list[Proposal]:
+        """Propose configurations of one pack: the first is free, the others take what has to be shared of it.
+
+        Args:
+            count: How many.
+            shared: Parameters that the rows of a pack must share.
+        """
+        first = self.ask()
+        fixed = {name: first.params[name] for name in shared}
+        return [first, *(self.ask(fixed) for _ in range(count - 1))]
+
     def adopt(self, known: Sequence[int]) -> list[Proposal]:
         """Proposals that Optuna has open and that are not among the `known` trial numbers.
 

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.resolve import parse_use
 from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig
-from orchestrator.intake import Intake, Planned
-from orchestrator.planning import Planner
-from orchestrator.pool import Delivery, Event, Finished, Order, OrderRow, Pool
+from orchestrator.intake import Intake, make_order
+from orchestrator.planning import Planner, group_size
+from orchestrator.pool import Delivery, Event, Finished, Pool
 from orchestrator.progress import Progress, Tally
 from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
-from orchestrator.scheduler import Kind, Pack, Scheduler, pack_limit
+from orchestrator.scheduler import Kind, Pack, Scheduler
 from search_spaces.base import Space
 from storage.donors import Donors
 from storage.durable import StoreError, remove_staging
@@ -179,24 +178,15 @@ class Sweep:
             and self._scheduler.runnable < len(self._idle)
             and self._scheduler.blocked < self._config.workers
         ):
-            trials = self._ask(self._group_size())
+            trials = self._ask()
             self._ledger.asked(trials)
             self._asked += len(trials)
             self._intake.take(trials)
             self._results.commit()
 
-    def _group_size(self) -> int:
-        """How many trials to ask for together: what a stage compares, or else a pack."""
-        unasked = self._trials - self._asked
-        if any(stage.keep < 1 for stage in self._space.stages):
-            return min(unasked, self._space.bracket)
-        return pack_limit(unasked=unasked, workers=self._config.workers, max_pack=self._config.max_pack)
-
-    def _ask(self, count: int) -> list[Asked]:
-        """The first proposal is free, the others hold what the rows of a pack must share."""
-        first = self._sampler.ask()
-        fixed = {name: first.params[name] for name in self._planner.shared()}
-        proposals = [first, *(self._sampler.ask(fixed) for _ in range(count - 1))]
+    def _ask(self) -> list[Asked]:
+        count = group_size(self._space, self._config, unasked=self._trials - self._asked)
+        proposals = self._sampler.ask_together(count, self._planner.shared())
         self._sampler.flush()
         return self._record(proposals)
 
@@ -220,20 +210,7 @@ class Sweep:
             rows = [self._intake.planned[task.spec] for task in pack.tasks]
             self._ledger.dispatched(run.attempt, run.worker, [row.spec.id for row in rows])
             self._running[run.worker] = run
-            self._pool.start(run.worker, self._order(run, rows))
-
-    def _order(self, run: _Running, rows: Sequence[Planned]) -> Order:
-        tuned = rows[0].spec.model.tuned
-        return Order(
-            attempt=run.attempt,
-            job=run.pack.kind.job,
-            model=rows[0].spec.model,
-            rows=tuple(OrderRow(row.spec.id, dict(row.spec.params), row.spec.seed) for row in rows),
-            artifacts={
-                key: self._results.artifacts[need.id] for row in rows for key, need in row.needs.items()
-            },
-            tuned=self._results.artifacts[rows[0].needs[parse_use(tuned).key].id] if tuned else None,
-        )
+            self._pool.start(run.worker, make_order(run.attempt, rows, self._results.artifacts))
 
     def _handle(self, event: Event) -> None:
         if event.kind == "ready":

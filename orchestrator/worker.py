@@ -141,6 +141,11 @@ class Worker:
         return arrays
 
 
+def device_of(gpus: float) -> str:
+    """Where a worker with so many GPUs loads its replica."""
+    return "auto" if gpus > 1 else "cuda" if gpus > 0 else "cpu"
+
+
 def attempt_line(attempt: str) -> str:
     """The line of a worker's log behind which what an attempt has said begins."""
     return f"=== attempt {attempt}"

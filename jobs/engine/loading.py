@@ -35,7 +35,8 @@ _FLOATS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_QUANTISED = ("int8", "int4")
+_QUANTISED = {"int8": 1.0, "int4": 0.5}
+"""Bytes of a packed weight."""
 _INT4_BLOCK = 64
 _MEMORY_WITHOUT_GPU = 4 * 2**30
 _SHARE_OF_ALL_MEMORY = 1 / 6
@@ -82,6 +83,27 @@ def load_replica(
     _check_blocks(ref, replica)
     replica.memory = _free_memory(model) if memory is None else memory
     return replica
+
+
+def weight_bytes(ref: ModelRef) -> int:
+    """Bytes of a model's weights in its type, from its configuration alone.
+
+    Raises:
+        ModelError: If the configuration cannot be read.
+    """
+    source = catalog.resolve(ref.id)
+    hub = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code is True}
+    with _explained(ref, "configuration", "meta"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **hub)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub["trust_remote_code"])
+    if ref.dtype in _FLOATS:
+        return sum(weight.numel() for weight in model.parameters()) * _FLOATS[ref.dtype].itemsize
+    # bitsandbytes packs the matrices of blocks; the rest stays bfloat16.
+    head = model.get_output_embeddings()
+    packed = [each.weight for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
+    elements = sum(weight.numel() for weight in packed)
+    rest = sum(weight.numel() for weight in model.parameters()) - elements
+    return int(elements * _QUANTISED[ref.dtype]) + rest * torch.bfloat16.itemsize
 
 
 def _type_options(dtype: str) -> dict[str, Any]:
@@ -210,13 +232,18 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def cpu_memory() -> int:
+    """Bytes for what a replica on a CPU keeps, if nobody says."""
+    # Not of what is free: how many rows run together has to be the same every time.
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_MEMORY_WITHOUT_GPU, int(_SHARE_OF_ALL_MEMORY * installed))
+
+
 def _free_memory(model: nn.Module) -> int:
     """Bytes for what is kept; of several GPUs the fullest decides, since each keeps what its blocks need."""
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     if not gpus:
-        # Not of what is free: how many rows run together has to be the same every time.
-        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(_MEMORY_WITHOUT_GPU, int(_SHARE_OF_ALL_MEMORY * installed))
+        return cpu_memory()
     torch.cuda.empty_cache()
     free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(_SHARE_OF_FREE_MEMORY * free * len(gpus))
