@@ -1,4 +1,4 @@
-"""Proposals from Optuna by ask and tell. The only importer of optuna."""
+"""Proposals from Optuna by ask and tell."""
 
 import hashlib
 import uuid
@@ -17,6 +17,7 @@ from optuna.trial import Trial, TrialState
 from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.space_file import grid_cell
+from orchestrator.window import Window, WindowedSampler
 from search_spaces.base import Domain, Float, Grid, Int, Space
 
 
@@ -79,6 +80,10 @@ class OptunaSampler:
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
+        self._window = Window([objective.direction for objective in self._space.objectives])
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and not trial.constraints]
+        if complete:
+            self._window.add({trial.number: trial.values for trial in complete})
 
     def ask(self, fixed: Mapping[str, Any] | None = None) -> Proposal:
         """Propose a configuration.
@@ -196,6 +201,8 @@ class OptunaSampler:
             self._study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         else:
             self._study.tell(trial, list(values), skip_if_finished=True)
+            if status == Status.COMPLETED:
+                self._window.add({trial: values})
         self._ended.add(trial)
 
     def flush(self) -> None:
@@ -214,7 +221,7 @@ class OptunaSampler:
     def _sampler(self, number: int, fixed: Mapping[str, Any]) -> BaseSampler:
         if self._name == "grid":
             fixed = grid_cell(self._space, number)
-        sampler = _free_sampler(self._name, _derived_seed(self._seed, number))
+        sampler = _free_sampler(self._name, _derived_seed(self._seed, number), self._window)
         return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
 
 
@@ -249,10 +256,11 @@ def _distribution(domain: Domain) -> BaseDistribution:
             return CategoricalDistribution(list(domain.values))
 
 
-def _free_sampler(name: str, seed: int) -> BaseSampler:
+def _free_sampler(name: str, seed: int, window: Window) -> BaseSampler:
     match name:
         case "tpe":
-            return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            # Its cost grows with the trials that it sees.
+            return WindowedSampler(TPESampler(seed=seed, multivariate=True, constant_liar=True), window)
         case "nsga2":
             return NSGAIISampler(seed=seed)
         case _:

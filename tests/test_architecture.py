@@ -37,7 +37,7 @@ ALLOWED = {
 }
 IMPORTERS = {
     "ray": {"orchestrator.ray_pool", "orchestrator.ray_cluster"},
-    "optuna": {"orchestrator.sampler"},
+    "optuna": {"orchestrator.sampler", "orchestrator.window"},
     "mlflow": {"storage.mlflow_log"},
     "pyarrow": {"storage.parquet", "storage.query"},
     "duckdb": {"storage.query"},

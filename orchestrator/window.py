@@ -1,0 +1,125 @@
+"""What a sampler is shown of a long study, so that a proposal costs the same however long it has become."""
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from storage.pareto import front
+
+LATEST = 1000
+"""Trials that have ended and are shown because they are the latest."""
+BEST = 200
+"""Earlier ones that are shown because nothing dominates them; TPE models 25 good trials at most."""
+
+
+class Window:
+    """The latest trials of a study, and the front of all that have ended.
+
+    It depends on nothing but which trials were told, so that a driver that goes on sees the same.
+
+    Args:
+        directions: Of the objectives.
+    """
+
+    def __init__(self, directions: Sequence[str]) -> None:
+        self._directions = directions
+        self._front: dict[int, Sequence[float]] = {}
+
+    def add(self, ended: Mapping[int, Sequence[float]]) -> None:
+        """Feasible trials have ended.
+
+        Args:
+            ended: Trial -> its objectives.
+        """
+        found = {**self._front, **ended}
+        kept = front(np.array(list(found.values()), dtype=float), self._directions)
+        self._front = {
+            number: values for (number, values), stays in zip(found.items(), kept, strict=True) if stays
+        }
+
+    def of(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """The trials of a study that are shown: the latest, and before them the best and those that run.
+
+        Args:
+            trials: All of them, in the order of their numbers.
+        """
+        first, ended = len(trials), 0
+        while first and ended < LATEST:
+            first -= 1
+            ended += trials[first].state.is_finished()
+        best = self._best()
+        earlier = [
+            trial for trial in trials[:first] if trial.number in best or trial.state == TrialState.RUNNING
+        ]
+        return [*earlier, *trials[first:]]
+
+    def _best(self) -> set[int]:
+        """Trials of the front, evenly spread along the first objective if there are many."""
+        order = sorted(self._front, key=lambda number: (self._front[number][0], number))
+        if len(order) <= BEST:
+            return set(order)
+        return {order[place] for place in np.linspace(0, len(order) - 1, BEST).astype(int)}
+
+
+class _Shown(optuna.Study):
+    """A study that has the trials of a window and no others, for its sampler."""
+
+    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+        self.__dict__.update(study.__dict__)
+        self._trials = trials
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        """As every sampler of Optuna asks."""
+        return [trial for trial in self._trials if states is None or trial.state in states]
+
+
+class WindowedSampler(BaseSampler):
+    """A sampler that is shown a window of its study.
+
+    Args:
+        sampler: Who proposes.
+        window: What is shown.
+    """
+
+    def __init__(self, sampler: BaseSampler, window: Window) -> None:
+        self._sampler = sampler
+        self._window = window
+
+    def _shown(self, study: optuna.Study) -> optuna.Study:
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        return study if len(trials) <= LATEST else _Shown(study, self._window.of(trials))
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """As the sampler does."""
+        return self._sampler.infer_relative_search_space(self._shown(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As the sampler does."""
+        return self._sampler.sample_relative(self._shown(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As the sampler does."""
+        return self._sampler.sample_independent(self._shown(study), trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """As the sampler does."""
+        self._sampler.before_trial(self._shown(study), trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """As the sampler does."""
+        self._sampler.after_trial(self._shown(study), trial, state, values)
