@@ -68,11 +68,18 @@ def run(
     settings: Settings = None,
     reuse: Reuse = None,
     address: Address = None,
+    accepts_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although space, configuration or code changed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a sweep, or go on with one."""
     options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
     file, config = _load(space, options, settings)
+    if accepts_changes:
+        from orchestrator.changes import accept_changes
+
+        accept_changes(out.resolve(), file, config)
     _drive(file, config, out, reuse or (), address, as_json)
 
 

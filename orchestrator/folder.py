@@ -127,7 +127,8 @@ def _recognise(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> bool
         found = read_identity(folder)
         if changed := differences(found, wanted):
             raise SpecError(
-                f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out"
+                f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out, or "
+                "--accept-changes to go on with what you have now"
             )
         return True
     if folder.exists() and not folder.is_dir():

@@ -24,7 +24,7 @@ from orchestrator.sweep import Sweep
 from search_spaces.base import Space
 from storage.background_mirror import BackgroundMirror
 from storage.donors import Donors
-from storage.ledger import read_asked
+from storage.ledger import read_comparable
 from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep
 
@@ -67,7 +67,7 @@ def run_sweep(
     is_over = _is_over(folder, trials)
     donors = Donors(() if is_over else reuse)
     if not is_over:
-        check_unchanged(Planner(file.space, config), read_asked(folder))
+        check_unchanged(Planner(file.space, config), read_comparable(folder))
     stopped = ""
     with ExitStack() as stack:
         if not is_over:

@@ -75,7 +75,7 @@ def check_unchanged(planner: Planner, asked: Iterable[Asked]) -> None:
             what = f"model {now.model.id} (its weights, tokenizer or configuration)"
         raise SpecError(
             f"the {what} changed since trial {trial.trial} was asked for, and old and new trials could not "
-            "be compared; put it back, or start anew with another --out"
+            "be compared; put it back, start anew with another --out, or `steersweep run --accept-changes`"
         )
 
 

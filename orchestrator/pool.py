@@ -95,6 +95,7 @@ class Event(NamedTuple):
         delivery: Set for `delivery`.
         reason: Set for `lost`.
         is_fault: Whether its order may be to blame for its death; not so where its machine went away.
+        is_disk_full: Whether it could not write what it had found.
     """
 
     worker: str
@@ -102,6 +103,7 @@ class Event(NamedTuple):
     delivery: Delivery | None = None
     reason: str | None = None
     is_fault: bool = True
+    is_disk_full: bool = False
 
 
 class Pool(Protocol):

@@ -28,6 +28,7 @@ class Tally:
         workers_ready: Workers whose replica is loaded.
         packs_ended: Packs of trials that this driver has seen to their end.
         stopping: Why only what runs is seen to its end; empty if more is started.
+        paused: Why everything waits; empty if nothing does.
     """
 
     total: int
@@ -40,6 +41,7 @@ class Tally:
     workers_ready: int = 0
     packs_ended: int = 0
     stopping: str = ""
+    paused: str = ""
 
     def count(self, status: str) -> None:
         """One more trial has ended as completed, infeasible or failed."""
@@ -71,6 +73,7 @@ class ConsoleProgress:
         self._console = console
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._printed = 0.0
+        self._said_of_pause = ""
         self._first: tuple[float, int] | None = None
         self._started = time.monotonic()
 
@@ -89,8 +92,12 @@ class ConsoleProgress:
         text = describe(tally, self._rate(tally, now))
         if self._live is not None:
             self._live.update(Text(text), refresh=True)
-        elif now - self._printed >= _LINE_SECONDS or tally.done == tally.total:
-            self._printed = now
+        elif (
+            now - self._printed >= _LINE_SECONDS
+            or tally.done == tally.total
+            or tally.paused != self._said_of_pause
+        ):
+            self._printed, self._said_of_pause = now, tally.paused
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def _rate(self, tally: Tally, now: float) -> float | None:
@@ -113,7 +120,9 @@ def describe(tally: Tally, rate: float | None) -> str:
         parts.append(f"preparing: {tally.preparing}")
     if tally.infeasible:
         parts.append(f"{tally.infeasible} infeasible")
-    if tally.stopping:
+    if tally.paused:
+        parts.append(f"paused: {tally.paused}")
+    elif tally.stopping:
         parts.append(f"stopping when these have ended: {tally.stopping}")
     elif tally.workers_ready == 0:
         parts.append("loading the model")

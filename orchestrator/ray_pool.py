@@ -22,6 +22,7 @@ from orchestrator.pool import Delivery, Event, Order
 from orchestrator.ray_cluster import draining_nodes, has_died
 from orchestrator.worker import Worker, device_of
 from orchestrator.worker_logs import worker_log
+from storage.durable import DiskFull
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,9 @@ class RayPool:
         except RayActorError as error:
             return [self._let_go(worker, str(error).strip())]
         except RayTaskError as error:
+            if isinstance(error.cause, DiskFull):
+                lost = self._let_go(worker, str(error.cause), is_fault=False)
+                return [lost._replace(is_disk_full=True)]
             if isinstance(error.cause, SteersweepError):
                 raise error.cause from error
             return [self._let_go(worker, str(error).strip())]

@@ -216,8 +216,10 @@ class Results:
 
     def end_of(self, row: Mapping[str, Any]) -> Ended:
         """How the trial of a row of `trials` ended, as the sampler is told."""
-        failed = row["state"] == Status.FAILED
-        return Ended(Status(row["state"]), None if failed else self._objectives(row["spec"]))
+        status = Status(row["state"])
+        values = None if status == Status.FAILED else self._objectives(row["spec"])
+        # Objectives that were accepted as a change may not be defined for all that had completed.
+        return Ended(Status.INFEASIBLE if status == Status.COMPLETED and values is None else status, values)
 
     def _tell(self, row: Mapping[str, Any]) -> None:
         trial, (status, values) = row["trial"], self.end_of(row)

@@ -5,6 +5,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Kind, Pack, Scheduler
 from search_spaces.base import Space
 from storage.donors import Donors
-from storage.durable import StoreError, remove_staging
+from storage.durable import DiskFull, StoreError, check_room, remove_staging
 from storage.ledger import Asked, Ledger, read_asked, read_limits
 from storage.store import Part, Store, StoredResult
 
 _POLL_SECONDS = 0.5
+_FULL_DISK_SECONDS = 5.0
 _ASKED_TO_STOP = "asked to; once more stops at once"
 
 
@@ -114,13 +116,32 @@ class Sweep:
                     break
                 for event in self._pool.events(_POLL_SECONDS):
                     self._handle(event)
-                self._results.commit()
+                self._write(self._results.commit)
                 self._check_stop()
                 self._show()
         finally:
             self._sampler.flush()
         self._show()
         return self._tally
+
+    def _write(self, act: Callable[[], object]) -> None:
+        """Bring something to disk; as long as that is full, wait for somebody to make room.
+
+        Raises:
+            StoreError: If the disk refuses for another reason, or somebody asks to stop meanwhile.
+        """
+        while True:
+            try:
+                act()
+            except DiskFull as error:
+                if self._is_asked_to_stop():
+                    raise
+                self._tally.paused = f"{error}; goes on when there is room"
+                self._show()
+                time.sleep(_FULL_DISK_SECONDS)
+            else:
+                self._tally.paused = ""
+                return
 
     def _check_stop(self) -> None:
         if not self._tally.stopping:
@@ -153,9 +174,9 @@ class Sweep:
         ends = {number: self._results.end_of(row) for number, row in ended.items()}
         if self._sampler.disagreements(params, ends):
             self._sampler.restate(params, ends)
-        self._ledger.taken_over()
+        self._write(self._ledger.taken_over)
         if adopted := self._record(self._sampler.adopt([trial.trial for trial in asked])):
-            self._ledger.asked(adopted)
+            self._write(partial(self._ledger.asked, adopted))
         for trial in asked:
             if trial.trial in ended:
                 self._results.recall(ended[trial.trial])
@@ -166,7 +187,7 @@ class Sweep:
             self._asked += len(group)
             if not all(trial.trial in ended for trial in group):
                 self._intake.take(group)
-        self._results.commit()
+        self._write(self._results.commit)
 
     def _propose(self) -> None:
         """Ask, a group at a time, until every idle worker has a pack to take.
@@ -179,15 +200,15 @@ class Sweep:
             and self._scheduler.blocked < self._config.workers
         ):
             trials = self._ask()
-            self._ledger.asked(trials)
+            self._write(partial(self._ledger.asked, trials))
             self._asked += len(trials)
             self._intake.take(trials)
-            self._results.commit()
+            self._write(self._results.commit)
 
     def _ask(self) -> list[Asked]:
         count = group_size(self._space, self._config, unasked=self._trials - self._asked)
         proposals = self._sampler.ask_together(count, self._planner.shared())
-        self._sampler.flush()
+        self._write(self._sampler.flush)
         return self._record(proposals)
 
     def _record(self, proposals: Sequence[Proposal]) -> list[Asked]:
@@ -208,7 +229,8 @@ class Sweep:
             run = _Running(self._idle.popleft(), pack, uuid.uuid4().hex[:12], time.time())
             self._held[run.worker] = pack.kind.model
             rows = [self._intake.planned[task.spec] for task in pack.tasks]
-            self._ledger.dispatched(run.attempt, run.worker, [row.spec.id for row in rows])
+            specs = [row.spec.id for row in rows]
+            self._write(partial(self._ledger.dispatched, run.attempt, run.worker, specs))
             self._running[run.worker] = run
             self._pool.start(run.worker, make_order(run.attempt, rows, self._results.artifacts))
 
@@ -224,6 +246,8 @@ class Sweep:
             self._idle.append(event.worker)
         elif event.kind == "lost":
             self._lost(event.worker, event.reason or "the worker died", is_fault=event.is_fault)
+            if event.is_disk_full:
+                self._write(partial(check_room, self._store.folder))
 
     def _receive(self, run: _Running, delivery: Delivery) -> None:
         self._accept(run, delivery.part, delivery.finished, delivery)
@@ -242,7 +266,8 @@ class Sweep:
             return self._scheduler.split(pack)
         if not self._scheduler.halve(pack):
             return False
-        self._ledger.limited(pack.kind.job, pack.kind.model, self._scheduler.limits[pack.kind])
+        limit = self._scheduler.limits[pack.kind]
+        self._write(partial(self._ledger.limited, pack.kind.job, pack.kind.model, limit))
         return True
 
     def _lost(self, worker: str, reason: str, *, is_fault: bool) -> None:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and logs that survive a torn last line."""
 
+import errno
 import json
 import os
 import uuid
@@ -13,6 +14,16 @@ from jobs.errors import SteersweepError
 
 class StoreError(SteersweepError):
     """A sweep's folder cannot be written, or is not what was stored; what was accepted before stays."""
+
+
+class DiskFull(StoreError):
+    """There is no room for a file; once there is, the same write succeeds."""
+
+
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """The error of a write that the system has refused."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+    return kind(f"cannot write {path}: {error.strerror or error}")
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -33,8 +44,17 @@ def publish(path: Path, content: bytes) -> None:
         with suppress(OSError):
             staging.unlink()
         if isinstance(error, OSError):
-            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+            raise cannot_write(path, error) from error
         raise
+
+
+def check_room(folder: Path) -> None:
+    """Raises DiskFull if not even a file of 1 MiB can be written in a folder."""
+    path = folder / ".room"
+    try:
+        publish(path, bytes(2**20))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class Log:
@@ -56,7 +76,7 @@ class Log:
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self._path, before)
-            raise StoreError(f"cannot write {self._path}: {error.strerror or error}") from error
+            raise cannot_write(self._path, error) from error
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

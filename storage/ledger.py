@@ -46,20 +46,7 @@ class Ledger:
 
     def asked(self, trials: Iterable[Asked]) -> None:
         """Record proposals before anything is done about them."""
-        self._log.append(
-            *(
-                {
-                    "event": "asked",
-                    "trial": asked.trial,
-                    "params": dict(asked.params),
-                    "spec": asked.spec.to_json(),
-                    "seen": asked.seen,
-                    "fixed": list(asked.fixed),
-                    "group": asked.group,
-                }
-                for asked in trials
-            )
-        )
+        self._log.append(*map(_event, trials))
 
     def dispatched(self, attempt: str, worker: str, specs: Iterable[str]) -> None:
         """Record that a worker was given a pack."""
@@ -69,6 +56,10 @@ class Ledger:
         """Record how many rows of a job a replica of a model was found to hold."""
         self._log.append({"event": "limited", "job": job, "model": model, "most": most})
 
+    def changes_accepted(self, changes: str, trials: Iterable[Asked]) -> None:
+        """Record, at once, what has changed, in words, and what trials that have not ended mean from now on."""
+        self._log.append({"event": "changes accepted", "changes": changes}, *map(_event, trials))
+
 
 def ledger_path(folder: Path) -> Path:
     """File of a sweep's ledger."""
@@ -76,18 +67,46 @@ def ledger_path(folder: Path) -> Path:
 
 
 def read_asked(folder: Path) -> list[Asked]:
-    """All proposals of a sweep, in order. Raises StoreError if the ledger is not what was written."""
-    return [
-        Asked(
-            trial=event["trial"],
-            params=event["params"],
-            spec=Spec.from_json(event["spec"]),
-            seen=event["seen"],
-            fixed=tuple(event["fixed"]),
-            group=event.get("group", event["trial"]),  # older sweeps have none
-        )
-        for event in _events(folder, "asked")
-    ]
+    """All proposals of a sweep, in order; of a trial that was recorded again, as it was the last time.
+
+    Raises:
+        StoreError: If the ledger is not what was written.
+    """
+    return list({event["trial"]: _asked(event) for event in _events(folder, "asked")}.values())
+
+
+def read_comparable(folder: Path) -> list[Asked]:
+    """Proposals since changes were last accepted, which were recorded as meant. Raises as `read_asked`."""
+    found: list[Asked] = []
+    for event in _events(folder, "asked", "changes accepted"):
+        if event["event"] == "asked":
+            found.append(_asked(event))
+        else:
+            found.clear()
+    return found
+
+
+def _event(asked: Asked) -> dict[str, Any]:
+    return {
+        "event": "asked",
+        "trial": asked.trial,
+        "params": dict(asked.params),
+        "spec": asked.spec.to_json(),
+        "seen": asked.seen,
+        "fixed": list(asked.fixed),
+        "group": asked.group,
+    }
+
+
+def _asked(event: Mapping[str, Any]) -> Asked:
+    return Asked(
+        trial=event["trial"],
+        params=event["params"],
+        spec=Spec.from_json(event["spec"]),
+        seen=event["seen"],
+        fixed=tuple(event["fixed"]),
+        group=event.get("group", event["trial"]),  # older sweeps have none
+    )
 
 
 def read_limits(folder: Path) -> dict[tuple[str, str], int]:

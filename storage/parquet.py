@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.durable import StoreError, publish
+from storage.durable import StoreError, cannot_write, publish
 from storage.schema import SCHEMA_VERSION, TABLES, Column
 
 _TYPES = {
@@ -172,7 +172,7 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
 
 
 def _columns(table: str) -> tuple[Column, ...]:

@@ -78,11 +78,17 @@ class Store:
         times = Counter(result.spec for result in results)
         if doubled := sorted(spec for spec, number in times.items() if number > 1 or spec in self.results):
             raise ValueError(f"results were already accepted for the specs {doubled}")
-        own = [write_table(self.folder, table, rows) for table, rows in tables.items() if rows]
-        files = [file for part in parts for file in part.files] + own
-        if not files and not results:
+        files = [file for part in parts for file in part.files]
+        if not files and not results and not any(tables.values()):
             return
-        self._add(_Entry(tuple(files), tuple(results)))
+        own: list[TableFile] = []
+        try:
+            own += (write_table(self.folder, table, rows) for table, rows in tables.items() if rows)
+            self._add(_Entry((*files, *own), tuple(results)))
+        except StoreError:
+            for file in own:
+                (self.folder / file.path).unlink(missing_ok=True)
+            raise
 
     def withdraw(self, specs: Iterable[str]) -> None:
         """Let the results of specs not count any more, so that they may be had anew.

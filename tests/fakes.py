@@ -11,6 +11,7 @@ from jobs.spec import ModelRef
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.progress import Tally
 from orchestrator.worker import LoadReplica, Worker
+from storage.durable import DiskFull
 from storage.parquet import write_table
 from storage.query import StoredSweep, open_sweep
 from storage.store import Part, Store, StoredResult
@@ -166,6 +167,8 @@ class InlinePool:
             return Event(worker, "done")
         except Died as error:
             return self._lose(worker, str(error))
+        except DiskFull as error:
+            return self._lose(worker, str(error))._replace(is_fault=False, is_disk_full=True)
         match self._losses.get(number):
             case "before":
                 return self._lose(worker, f"order {number} took its worker along, before its first delivery")

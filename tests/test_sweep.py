@@ -29,7 +29,7 @@ from storage.pareto import pareto
 from storage.query import open_sweep
 from storage.store import Store
 from tests import fake_job, fake_source
-from tests.fakes import InlinePool, Stopped
+from tests.fakes import InlinePool, SilentProgress, Stopped
 from tests.sweeps import (
     NUMBERS,
     OBJECTIVES,
@@ -659,14 +659,18 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
         folder = tmp_path / str(last)
         prepare(folder, space)
         calls = iter(range(1, 10_000))
+        refused: list[int] = []
 
-        def refuse(file: int, calls: Iterator[int] = calls, last: int = last) -> None:
+        def refuse(
+            file: int, calls: Iterator[int] = calls, last: int = last, refused: list[int] = refused
+        ) -> None:
             if next(calls) >= last:
+                refused.append(file)
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", refuse)
         with suppress(OSError, StoreError):
-            drive(folder, space, trials=trials)
+            drive(folder, space, trials=trials, is_asked_to_stop=lambda refused=refused: bool(refused))
             break
         monkeypatch.setattr(os, "fsync", lambda file: None)
         assert not [path for path in folder.rglob(".*") if path.is_file()], "nothing is left behind"
@@ -674,6 +678,40 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
         check_ended(folder, space, trials=trials)
         assert outcome_of(folder) == undisturbed(name)
     assert last > 3 * trials, "the sweep ended before the disk was full"
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_a_sweep_waits_for_room_on_a_full_disk_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    name = "prerequisites and failures"
+    space, trials, _, _ = SCENARIOS[name]
+    waits: list[float] = []
+    shown: list[str] = []
+    monkeypatch.setattr("orchestrator.sweep.time.sleep", waits.append)
+    monkeypatch.setattr(SilentProgress, "update", lambda self, tally: shown.append(describe(tally, None)))
+    for first in range(1, 60, 3):
+        folder = tmp_path / str(first)
+        prepare(folder, space)
+        calls = iter(range(1, 10_000))
+        waits.clear()
+        shown.clear()
+
+        def refuse(file: int, calls: Iterator[int] = calls, first: int = first) -> None:
+            if first <= next(calls) < first + 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        drive(folder, space, trials=trials)
+        monkeypatch.setattr(os, "fsync", lambda file: None)
+        assert waits
+        assert sum("paused: cannot write" in line for line in shown) == len(waits)
+        assert "paused" not in shown[-1]
+        check_ended(folder, space, trials=trials)
+        assert outcome_of(folder) == undisturbed(name)
+        tables = {str(path.relative_to(folder)) for path in folder.glob("tables/**/*") if path.is_file()}
+        assert tables >= {file.path for file in Store(folder).files()}
+        assert not list(folder.rglob(".*.????????")) + list(folder.rglob(".room"))
 
 
 def _die_at_write(folder: Path, name: str, last: int, torn: int) -> None:

@@ -1,0 +1,70 @@
+"""A sweep that goes on with another space, configuration or code than it was started with."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jobs.errors import SpecError
+from orchestrator.config import RunConfig
+from orchestrator.folder import differences, identify
+from orchestrator.planning import Planner
+from orchestrator.reopening import journal_path, load_kept
+from orchestrator.space_file import SpaceFile
+from storage.durable import publish
+from storage.ledger import Ledger, read_asked
+from storage.lock import driving
+from storage.query import read_identity
+from storage.store import Store
+
+
+def accept_changes(folder: Path, file: SpaceFile, config: RunConfig) -> None:
+    """Let a sweep be what its space, its configuration and the code say now.
+
+    Trials that have ended count as they are. Those that have not are computed as they are meant now. What has
+    changed is added to `changes` in `sweep.json`.
+
+    Args:
+        folder: The sweep's folder; nothing happens if it holds no sweep yet.
+        file: What to try from now on.
+        config: How to run it from now on.
+
+    Raises:
+        SpecError: If the job, the parameters' values or the sampler are others: old and new trials would not
+            be of one study. Or if another process drives the sweep.
+    """
+    if not (folder / "sweep.json").is_file():
+        return
+    with driving(folder):
+        identity, wanted = read_identity(folder), identify(file, config)
+        old, old_config = load_kept(folder)
+        _check_same_study(old, old_config, file, config)
+        changes = differences(identity, wanted) or "code or data"
+        planner = Planner(file.space, config)
+        ended = {row["trial"] for row in Store(folder).rows("trials")}
+        open_ = [asked for asked in read_asked(folder) if asked.trial not in ended]
+        # In this order: a death in between leaves a sweep that asks for the changes to be accepted again.
+        meant = [dataclasses.replace(asked, spec=planner.spec(asked.params)) for asked in open_]
+        Ledger(folder).changes_accepted(changes, meant)
+        journal_path(folder).unlink(missing_ok=True)  # it is written anew, with the objectives of now
+        kept = {**wanted, "sweep": identity["sweep"], "changes": [*identity.get("changes", ()), changes]}
+        publish(folder / "space.py", file.source.encode())
+        publish(folder / "sweep.json", json.dumps(kept, indent=1).encode())
+
+
+def _check_same_study(old: SpaceFile, old_config: RunConfig, new: SpaceFile, config: RunConfig) -> None:
+    was, now = old.space, new.space
+    samplers = [(each.sampler or space.sampler) for each, space in ((old_config, was), (config, now))]
+    changed = [
+        *(["the job"] if was.job != now.job else []),
+        *(
+            f"parameter {name}"
+            for name in sorted({*was.parameters, *now.parameters})
+            if was.parameters.get(name) != now.parameters.get(name)
+        ),
+        *(["the sampler"] if samplers[0] != samplers[1] else []),
+    ]
+    if changed:
+        raise SpecError(
+            f"{', '.join(changed)} changed: old and new trials would not be of one study; start another "
+            "sweep with --out, and give --reuse for what this one has stored"
+        )
