@@ -57,7 +57,7 @@ class Ledger:
         self._log.append({"event": "limited", "job": job, "model": model, "most": most})
 
     def changes_accepted(self, changes: str, trials: Iterable[Asked]) -> None:
-        """Record, at once, what has changed, in words, and what trials that have not ended mean from now on."""
+        """Record at once what has changed, in words, and what trials that have not ended mean now."""
         self._log.append({"event": "changes accepted", "changes": changes}, *map(_event, trials))
 
 
