@@ -8,7 +8,7 @@ from jobs.errors import SpecError
 from orchestrator.config import RunConfig
 from orchestrator.folder import differences, identify
 from orchestrator.planning import Planner
-from orchestrator.reopening import journal_path, load_kept
+from orchestrator.reopening import load_kept, open_sampler
 from orchestrator.space_file import SpaceFile
 from storage.durable import publish
 from storage.ledger import Ledger, read_asked
@@ -45,7 +45,7 @@ def accept_changes(folder: Path, file: SpaceFile, config: RunConfig) -> None:
         # In this order: a death in between leaves a sweep that asks for the changes to be accepted again.
         meant = [dataclasses.replace(asked, spec=planner.spec(asked.params)) for asked in open_]
         Ledger(folder).changes_accepted(changes, meant)
-        journal_path(folder).unlink(missing_ok=True)  # it is written anew, with the objectives of now
+        open_sampler(folder, old.space, old_config).forget()  # it is written anew, with the objectives of now
         kept = {**wanted, "sweep": identity["sweep"], "changes": [*identity.get("changes", ()), changes]}
         publish(folder / "space.py", file.source.encode())
         publish(folder / "sweep.json", json.dumps(kept, indent=1).encode())

@@ -65,6 +65,9 @@ def run(
     workers: Workers = None,
     seed: Seed = None,
     budget_hours: BudgetHours = None,
+    storage: Annotated[
+        str | None, typer.Option(help="PostgreSQL URL for Optuna's study, such as postgresql://me@host/db.")
+    ] = None,
     settings: Settings = None,
     reuse: Reuse = None,
     address: Address = None,
@@ -74,7 +77,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a sweep, or go on with one."""
-    options = {"trials": trials, "workers": workers, "seed": seed, "budget_hours": budget_hours}
+    options = {
+        **{"trials": trials, "workers": workers, "seed": seed},
+        **{"budget_hours": budget_hours, "storage": storage},
+    }
     file, config = _load(space, options, settings)
     if accepts_changes:
         from orchestrator.changes import accept_changes

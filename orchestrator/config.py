@@ -47,6 +47,8 @@ class RunConfig(BaseModel):
         least_gain: No further pack is started once the hypervolume of the front grows by less than this share
             of itself a device hour; None = never.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
+        storage: URL of a PostgreSQL database for Optuna's study, such as `postgresql://me@host/studies`; None
+            keeps `optuna.journal` in the sweep's folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -74,6 +76,7 @@ class RunConfig(BaseModel):
     budget_device_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_gain: float | None = Field(None, gt=0, allow_inf_nan=False)
     mlflow: str | None = None
+    storage: str | None = None
 
     @field_validator("resources", "labels", mode="before")
     @classmethod
@@ -105,14 +108,27 @@ class RunConfig(BaseModel):
         """The configuration is kept and shown; and it means the same from wherever the sweep is resumed."""
         if value is None:
             return None
-        parts = urlsplit(value)
-        if parts.password or "password" in parts.query or (parts.username and parts.scheme in _WEB):
+        if _holds_secret(value):
             raise ValueError(
                 "a URI with a user or password would be kept with the sweep; set MLFLOW_TRACKING_TOKEN, or "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, in the environment instead"
             )
         path = value.removeprefix("sqlite:///")
         return value if path == value else f"sqlite:///{Path(path).resolve()}"
+
+    @field_validator("storage")
+    @classmethod
+    def _postgresql_without_secrets(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not urlsplit(value).scheme.startswith("postgresql"):
+            raise ValueError("it takes a URL such as postgresql://me@host:5432/studies")
+        if _holds_secret(value):
+            raise ValueError(
+                "a URL with a password would be kept with the sweep; set PGPASSWORD in the environment, or "
+                "write it into ~/.pgpass"
+            )
+        return value
 
     @cached_property
     def model_ref(self) -> ModelRef:
@@ -142,6 +158,11 @@ class RunConfig(BaseModel):
         if found in (None, self.model_ref.revision):
             return self
         return RunConfig(**self.model_dump() | {"model": f"{self.model_ref.id}@{found}"})
+
+
+def _holds_secret(uri: str) -> bool:
+    parts = urlsplit(uri)
+    return bool(parts.password or "password" in parts.query or (parts.username and parts.scheme in _WEB))
 
 
 _WEB = ("http", "https")

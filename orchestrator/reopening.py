@@ -24,6 +24,7 @@ def open_sampler(folder: Path, space: Space, config: RunConfig) -> OptunaSampler
         seed=config.seed,
         journal=journal_path(folder),
         study=read_identity(folder)["sweep"],
+        storage=config.storage,
     )
 
 

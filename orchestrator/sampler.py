@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, cast
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import Trial, TrialState
 
+from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.space_file import grid_cell
@@ -51,7 +52,7 @@ class Ended(NamedTuple):
 
 
 class OptunaSampler:
-    """One study in a journal file, asked and told by one driver.
+    """One study in a journal file or in PostgreSQL, asked and told by one driver.
 
     Before ask `n` the sampler is made anew from (seed, n), so that proposals depend on what was
     told and not on when the driver was restarted.
@@ -62,9 +63,15 @@ class OptunaSampler:
         seed: The sweep's seed.
         journal: File of the study.
         study: Name of the study.
+        storage: URL of a PostgreSQL database to keep the study in, in place of the file.
+
+    Raises:
+        SpecError: If the database cannot be reached or does not let in.
     """
 
-    def __init__(self, space: Space, *, name: str, seed: int, journal: Path, study: str) -> None:
+    def __init__(
+        self, space: Space, *, name: str, seed: int, journal: Path, study: str, storage: str | None = None
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self._space = space
@@ -73,10 +80,12 @@ class OptunaSampler:
         self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
         self._path = journal
         self._study_name = study
+        self._database = None if storage is None else _open_database(storage)
         self._open()
 
     def _open(self) -> None:
-        self._journal, self._study = _open_study(self._path, self._study_name, self._space)
+        self._journal = None if self._database else Journal(self._path)
+        self._study = _open_study(self._database or _in_file(self._journal), self._study_name, self._space)
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
@@ -170,7 +179,11 @@ class OptunaSampler:
         """
         attributes = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
         staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
-        journal, study = _open_study(staging, self._study_name, self._space)
+        journal = None if self._database else Journal(staging)
+        if self._database is not None:
+            # Not whole or not at all; but what is cut short here is found wanting and written anew next time.
+            self.forget()
+        study = _open_study(self._database or _in_file(journal), self._study_name, self._space)
         for number, params in sorted(asked.items()):
             before = attributes.get(number)
             end = ended.get(number)
@@ -184,9 +197,17 @@ class OptunaSampler:
                     system_attrs=None if before is None else before.system_attrs,
                 )
             )
-        journal.flush()
-        staging.replace(self._path)
+        if journal is not None:
+            journal.flush()
+            staging.replace(self._path)
         self._open()
+
+    def forget(self) -> None:
+        """Delete the study. It can be written anew, by another sampler, with `restate`."""
+        if self._database is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            optuna.delete_study(study_name=self._study_name, storage=self._database)
 
     def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
         """Report how a trial ended, as `Ended` says; telling it again changes nothing."""
@@ -207,7 +228,8 @@ class OptunaSampler:
 
     def flush(self) -> None:
         """Bring to disk what was asked and told. Raises StoreError if the disk refuses."""
-        self._journal.flush()
+        if self._journal is not None:
+            self._journal.flush()
 
     def _set_infeasible(self, number: int) -> None:
         trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
@@ -234,16 +256,34 @@ def _state(end: Ended) -> TrialState:
     return TrialState.PRUNED if end.values is None else TrialState.COMPLETE
 
 
-def _open_study(path: Path, name: str, space: Space) -> tuple[Journal, optuna.Study]:
-    journal = Journal(path)
+def _in_file(journal: Journal | None) -> BaseStorage:
+    return JournalStorage(cast(BaseJournalBackend, journal))
+
+
+def _open_database(url: str) -> BaseStorage:
+    try:
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise SpecError(
+            "storage needs the package psycopg2; install the extra `postgres` (pip install '.[postgres]')"
+        ) from error
+    except Exception as error:  # whatever SQLAlchemy and the driver make of a wrong address
+        reason = next(iter(str(error.__cause__ or error).splitlines()), "")
+        raise SpecError(
+            f"storage={url!r} cannot be used: {reason}; give postgresql://user@host:port/database, with the "
+            "password in PGPASSWORD or ~/.pgpass, and a user who may make tables there"
+        ) from error
+
+
+def _open_study(storage: BaseStorage, name: str, space: Space) -> optuna.Study:
     study = optuna.create_study(
-        storage=JournalStorage(cast(BaseJournalBackend, journal)),
+        storage=storage,
         study_name=name,
         directions=[objective.direction for objective in space.objectives],
         load_if_exists=True,
     )
     study.set_metric_names([objective.metric for objective in space.objectives])
-    return journal, study
+    return study
 
 
 def _distribution(domain: Domain) -> BaseDistribution:
