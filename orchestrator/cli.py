@@ -218,6 +218,29 @@ def _drive(
     raise typer.Exit(1 if summary["failed"] else 0)
 
 
+@app.command()
+def fetch(
+    source: Annotated[
+        str,
+        typer.Argument(help="Where `results` kept a sweep, such as s3://bucket/sweeps/tone_grid-1a2b3c4d."),
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for it.")],
+    as_json: Json = False,
+) -> None:
+    """Bring a sweep back from where `results` kept its files, to look at it or to resume it."""
+    from storage.remote import Remote
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError(f"{out} is there already; give a new folder with --out")
+    files = Remote(source).fetch_all(out)
+    if not (out / "sweep.json").is_file():
+        raise SpecError(f"{source} holds no sweep: {files} files and no sweep.json")
+    if as_json:
+        print_json({"folder": str(out), "files": files})
+    else:
+        say(f"{out}: {files} files; `steersweep resume {out}` goes on with it")
+
+
 for command in (
     *(
         kept.status,

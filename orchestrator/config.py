@@ -49,6 +49,8 @@ class RunConfig(BaseModel):
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
         storage: URL of a PostgreSQL database for Optuna's study, such as `postgresql://me@host/studies`; None
             keeps `optuna.journal` in the sweep's folder.
+        results: URI such as `s3://bucket/sweeps`, under which the sweep's files are exchanged, and kept
+            besides; for workers on machines that do not share its folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -77,6 +79,7 @@ class RunConfig(BaseModel):
     least_gain: float | None = Field(None, gt=0, allow_inf_nan=False)
     mlflow: str | None = None
     storage: str | None = None
+    results: str | None = None
 
     @field_validator("resources", "labels", mode="before")
     @classmethod
@@ -127,6 +130,16 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "a URL with a password would be kept with the sweep; set PGPASSWORD in the environment, or "
                 "write it into ~/.pgpass"
+            )
+        return value
+
+    @field_validator("results")
+    @classmethod
+    def _without_secrets(cls, value: str | None) -> str | None:
+        if value is not None and (_holds_secret(value) or "secret" in urlsplit(value).query):
+            raise ValueError(
+                "a URI with credentials would be kept with the sweep; set them in the environment, such as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         return value
 

@@ -23,10 +23,12 @@ from orchestrator.space_file import SpaceFile, check_space
 from orchestrator.sweep import Sweep
 from search_spaces.base import Space
 from storage.background_mirror import BackgroundMirror
+from storage.backup import Backup
 from storage.donors import Donors
 from storage.ledger import read_comparable
 from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep
+from storage.remote import Remote, sweep_uri
 
 
 def run_sweep(
@@ -117,7 +119,10 @@ def _drive(
     """Drive a sweep; gives why it was stopped before its end, "" if it was not."""
     folder = stored.folder
     sampler = open_sampler(folder, space, config)
-    pool = RayPool(folder, config, loaded)
+    remote_uri = config.results and sweep_uri(config.results, stored.identity["sweep"])
+    remote = Remote(remote_uri) if remote_uri else None
+    backup = Backup(folder, remote) if remote else None
+    pool = RayPool(folder, config, loaded, remote_uri)
     mirror = BackgroundMirror(folder, config.mlflow)
     kept: list[Path] = []
     is_complete = False
@@ -134,6 +139,7 @@ def _drive(
                 progress=progress,
                 on_result=mirror.notify,
                 is_asked_to_stop=interrupts.is_asked_to_stop,
+                remote=remote,
             )
             tally = sweep.run()
         if interrupts.is_asked_to_stop() and tally.done < trials:
@@ -145,4 +151,6 @@ def _drive(
     finally:
         pool.close()
         mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
+        if backup is not None:
+            backup.close()
     return "" if tally.done == trials else tally.stopping

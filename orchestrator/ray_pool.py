@@ -5,6 +5,7 @@ Ray restarts and retries nothing: the driver owns both, so that no pack runs twi
 
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
-from jobs.errors import ModelError, SteersweepError
+from jobs.errors import ModelError, SpecError, SteersweepError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
@@ -23,6 +24,7 @@ from orchestrator.ray_cluster import draining_nodes, has_died
 from orchestrator.worker import Worker, device_of
 from orchestrator.worker_logs import worker_log
 from storage.durable import DiskFull
+from storage.remote import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ class WorkerActor:
         gpus: float,
         token_budget: int,
         memory: int | None,
+        results: str | None = None,
     ) -> None:
+        _check_folder(Path(folder), results)
         _write_output_to(worker_log(Path(folder), name))
         logging.basicConfig(level=logging.WARNING)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,7 +58,12 @@ class WorkerActor:
 
         torch.set_num_threads(cpus)
         self._worker = Worker(
-            Path(folder), model, device=device_of(gpus), token_budget=token_budget, memory=memory
+            Path(folder),
+            model,
+            device=device_of(gpus),
+            token_budget=token_budget,
+            memory=memory,
+            remote=None if results is None else Remote(results),
         )
 
     @ray.method(concurrency_group="control")
@@ -65,6 +74,16 @@ class WorkerActor:
     def run(self, order: Order) -> Iterator[Delivery]:
         """Deliveries of an order, each as soon as it is written."""
         yield from self._worker.run(order)
+
+
+def _check_folder(folder: Path, results: str | None) -> None:
+    if results is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise SpecError(
+            f"the machine {socket.gethostname()} has no {folder}: give an --out on a file system that all "
+            "machines share, or --set results=s3://bucket/sweeps"
+        )
 
 
 def _write_output_to(path: Path) -> None:
@@ -116,14 +135,18 @@ class RayPool:
         folder: The sweep's folder, at the same path on every node.
         config: Number, size and patience of the workers.
         model: What they load before their first order; None leaves it to the orders.
+        remote_uri: Where the sweep's files are exchanged if the machines do not share its folder.
 
     To be used inside `connected`.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, model: ModelRef | None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, model: ModelRef | None, remote_uri: str | None = None
+    ) -> None:
         self._folder = folder
         self._config = config
         self._model = model
+        self._remote_uri = remote_uri
         self._members: dict[str, _Member] = {}
         self._awaited: dict[Any, _Awaited] = {}
         self._deaths = 0
@@ -159,6 +182,7 @@ class RayPool:
             gpus=config.gpus_per_worker,
             token_budget=config.token_budget,
             memory=config.memory,
+            results=self._remote_uri,
         )
         self._members[name] = _Member(actor)
         self._await(name, actor.alive.remote(), is_order=False)

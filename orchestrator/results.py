@@ -17,6 +17,7 @@ from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.ledger import Asked
 from storage.parquet import TableFile
+from storage.remote import Remote
 from storage.store import Part, Store, StoredResult
 
 
@@ -40,6 +41,7 @@ class Results:
         tally: Counts to keep.
         budget: Hears the objectives of every trial that has completed.
         on_result: Called after each trial that has ended.
+        remote: Where workers look for artifacts that do not share the folder.
 
     Attributes:
         artifacts: Spec -> its artifact, for those whose file is there.
@@ -53,7 +55,9 @@ class Results:
         tally: Tally,
         budget: Budget,
         on_result: Callable[[], None],
+        remote: Remote | None = None,
     ) -> None:
+        self._remote = remote
         self._store = store
         self._space = space
         self._sampler = sampler
@@ -170,6 +174,8 @@ class Results:
             "finished": time.time(),
         }
         kept = found.artifact
+        if self._remote is not None:
+            self._remote.put(self._store.folder, kept.path)
         row = {**made, "hash": kept.sha256, "path": kept.path, "bytes": kept.bytes}
         results = () if self.of(spec.id) else (StoredResult(spec.id, "completed", None),)
         self._store.commit([Part((), results)], artifacts=[row], attempts=[attempt])

@@ -22,6 +22,7 @@ from search_spaces.base import Space
 from storage.donors import Donors
 from storage.durable import DiskFull, StoreError, check_room, remove_staging
 from storage.ledger import Asked, Ledger, read_asked, read_limits
+from storage.remote import Remote
 from storage.store import Part, Store, StoredResult
 
 _POLL_SECONDS = 0.5
@@ -54,6 +55,7 @@ class Sweep:
         progress: Who is told how it stands.
         on_result: Called after each trial that has ended.
         is_asked_to_stop: Called between events; once it is true, only what runs is seen to its end.
+        remote: Where workers put their files that do not share the folder.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Sweep:
         progress: Progress,
         on_result: Callable[[], None],
         is_asked_to_stop: Callable[[], bool],
+        remote: Remote | None = None,
     ) -> None:
+        self._remote = remote
         self._is_asked_to_stop = is_asked_to_stop
         self._space = space
         self._config = config
@@ -84,7 +88,7 @@ class Sweep:
         self._tally = Tally(total=trials)
         busy = busy_seconds(self._store.rows("attempts"))
         self._budget = Budget(config, space.objectives, spent_seconds=busy)
-        self._results = Results(self._store, space, sampler, self._tally, self._budget, on_result)
+        self._results = Results(self._store, space, sampler, self._tally, self._budget, on_result, remote)
         self._intake = Intake(
             space,
             self._planner,
@@ -250,6 +254,8 @@ class Sweep:
                 self._write(partial(check_room, self._store.folder))
 
     def _receive(self, run: _Running, delivery: Delivery) -> None:
+        if self._remote is not None:
+            self._write(partial(self._fetch, self._remote, delivery))
         self._accept(run, delivery.part, delivery.finished, delivery)
         if delivery.error is None:
             return
@@ -259,6 +265,11 @@ class Sweep:
             return
         status = "infeasible" if delivery.out_of_memory else "failed"
         self._give_up(run, ended, delivery, status, delivery.error.splitlines()[0])
+
+    def _fetch(self, remote: Remote, delivery: Delivery) -> None:
+        artifacts = (row.artifact for row in delivery.finished if row.artifact is not None)
+        for file in (*delivery.part.files, *artifacts):
+            remote.fetch(self._store.folder, file.path)
 
     def _runs_again(self, pack: Pack, delivery: Delivery) -> bool:
         """Whether what is left of a pack that raised can be tried in smaller ones."""

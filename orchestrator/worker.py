@@ -21,6 +21,7 @@ from orchestrator.pool import Delivery, Finished, Order
 from storage.artifacts import Artifact, read_artifact, write_artifact
 from storage.durable import StoreError
 from storage.parquet import TableFile, TableStream, to_arrow, write_table
+from storage.remote import Remote
 from storage.store import Part, StoredResult
 
 _FLUSH_SECONDS = 1.0
@@ -46,6 +47,7 @@ class Worker:
         token_budget: Most tokens of one forward pass.
         memory: Bytes for keys, values and activations that are kept; None leaves it to the loader.
         load: Loads the replica.
+        remote: Where the files of machines are exchanged that do not share the folder.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Worker:
         token_budget: int,
         memory: int | None = None,
         load: LoadReplica | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self._folder = folder
+        self._remote = remote
         self._load = load or importlib.import_module("jobs.engine.loading").load_replica
         self._options: dict[str, Any] = {"device": device, "token_budget": token_budget, "memory": memory}
         self._cache: dict[str, Mapping[str, np.ndarray]] = {}
@@ -92,7 +96,7 @@ class Worker:
         """
         started = time.time()
         print(attempt_line(order.attempt), file=sys.stderr, flush=True)  # noqa: T201 - parts the worker's log
-        batch = _Batch(self._folder, started)
+        batch = _Batch(self._folder, started, self._remote)
         try:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
@@ -134,7 +138,11 @@ class Worker:
 
     def artifact(self, artifact: Artifact) -> Mapping[str, np.ndarray]:
         """Arrays of an artifact; the latest few stay in memory."""
-        arrays = self._cache.pop(artifact.sha256, None) or read_artifact(self._folder, artifact)
+        arrays = self._cache.pop(artifact.sha256, None)
+        if arrays is None:
+            if self._remote is not None:
+                self._remote.fetch(self._folder, artifact.path)
+            arrays = read_artifact(self._folder, artifact)
         self._cache[artifact.sha256] = arrays
         if len(self._cache) > _CACHED_ARTIFACTS:
             del self._cache[next(iter(self._cache))]
@@ -186,8 +194,9 @@ class _Context:
 class _Batch:
     """Outcomes that wait to be written together."""
 
-    def __init__(self, folder: Path, started: float) -> None:
+    def __init__(self, folder: Path, started: float, remote: Remote | None) -> None:
         self._folder = folder
+        self._remote = remote
         self._started = started
         self.has_loaded = False
         self.device = ""
@@ -253,6 +262,10 @@ class _Batch:
         files = [write_table(self._folder, table, rows) for table, rows in self._tables.items() if rows]
         part = Part((*files, *self._streamed), tuple(self._results))
         finished = tuple(self._finished)
+        if self._remote is not None:
+            artifacts = (row.artifact for row in finished if row.artifact is not None)
+            for path in (*(file.path for file in part.files), *(artifact.path for artifact in artifacts)):
+                self._remote.put(self._folder, path)
         self._clear()
         return Delivery(
             part,

@@ -136,8 +136,11 @@ class InlinePool:
 
     def _spawn(self) -> None:
         name = next(self._names)
-        self._idle[name] = Worker(self._folder, MODEL, device="cpu", token_budget=1, load=self._load)
+        self._idle[name] = self.make_worker()
         self._news.append(Event(name, "ready"))
+
+    def make_worker(self) -> Worker:
+        return Worker(self._folder, MODEL, device="cpu", token_budget=1, load=self._load)
 
     def start(self, worker: str, order: Order) -> None:
         assert worker in self._idle, f"{worker} was given an order while it was busy, dead or unknown"

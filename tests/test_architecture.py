@@ -39,7 +39,7 @@ IMPORTERS = {
     "ray": {"orchestrator.ray_pool", "orchestrator.ray_cluster"},
     "optuna": {"orchestrator.sampler", "orchestrator.window"},
     "mlflow": {"storage.mlflow_log"},
-    "pyarrow": {"storage.parquet", "storage.query"},
+    "pyarrow": {"storage.parquet", "storage.query", "storage.remote"},
     "duckdb": {"storage.query"},
     "moocore": {"storage.pareto"},
     "transformers": {

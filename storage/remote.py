@@ -1,0 +1,123 @@
+"""Where a sweep's files also lie for machines that share no disk: S3, GCS, or any file system of Arrow's."""
+
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from jobs.errors import SpecError
+from storage.durable import StoreError
+
+_OWN = ("lock", "logs/", "mlflow.db", "mlartifacts/")
+"""What says something about one machine, or is made anew from the rest."""
+_NEVER_CHANGE = ("artifacts/", "manifest", "tables/")
+_SAME = -1
+"""In the place of the time when a file was changed that never is."""
+
+
+class Remote:
+    """Copies of a sweep's files under a URI of their own.
+
+    Args:
+        uri: Such as `s3://bucket/sweeps/tone_grid-1a2b3c4d`, with the options that Arrow takes behind it.
+            Credentials come from the environment or from the machine's role.
+
+    Raises:
+        SpecError: If Arrow knows no such file system.
+    """
+
+    def __init__(self, uri: str) -> None:
+        try:
+            self._files, root = FileSystem.from_uri(uri)
+        except (OSError, ValueError) as error:
+            raise SpecError(
+                f"{uri!r} is no place for files: {_first_line(error)}; give a URI such as s3://bucket/sweeps"
+            ) from error
+        self._root = root.rstrip("/")
+        self._there: dict[str, int] = {}
+
+    def put(self, folder: Path, path: str) -> None:
+        """Copy a file of a folder there, in the place of an older one. Raises StoreError if that fails."""
+        target = f"{self._root}/{path}"
+        try:
+            self._files.create_dir(target.rpartition("/")[0], recursive=True)
+            with (folder / path).open("rb") as source, self._files.open_output_stream(target) as sink:
+                shutil.copyfileobj(source, sink)
+        except OSError as error:
+            raise StoreError(f"cannot write {target}: {_first_line(error)}") from error
+
+    def fetch(self, folder: Path, path: str) -> None:
+        """Copy a file from there into a folder, whole or not at all, unless the folder has it.
+
+        Raises:
+            StoreError: If that fails.
+        """
+        place = folder / path
+        if place.exists():
+            self._there[path] = _SAME
+            return
+        staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with self._files.open_input_stream(f"{self._root}/{path}") as source, staging.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            staging.replace(place)
+            self._there[path] = _SAME
+        except OSError as error:
+            with suppress(OSError):
+                staging.unlink()
+            raise StoreError(f"cannot read {self._root}/{path}: {_first_line(error)}") from error
+
+    def put_new(self, folder: Path) -> None:
+        """Copy there what is new or has changed in a sweep's folder.
+
+        A death in between leaves a sweep that is whole as it was at some moment: the manifest goes last, and
+        no entry of it that was not there before anything was copied.
+
+        Raises:
+            StoreError: If that fails.
+        """
+        if not self._there:
+            self._there = {path: _SAME for path in self._list() if path.startswith(_NEVER_CHANGE)}
+        entries = sorted(folder.glob("manifest*/[0-9]*.json"))
+        for path in (*_files_of(folder), *entries):
+            name = str(path.relative_to(folder))
+            changed = path.stat().st_mtime_ns
+            if self._there.get(name) not in (_SAME, changed):
+                self.put(folder, name)
+                self._there[name] = changed
+
+    def fetch_all(self, folder: Path) -> int:
+        """Copy the whole sweep into a folder; how many files that were. Raises StoreError if that fails."""
+        paths = self._list()
+        for path in paths:
+            self.fetch(folder, path)
+        return len(paths)
+
+    def _list(self) -> list[str]:
+        """Files there."""
+        selector = FileSelector(self._root, recursive=True, allow_not_found=True)
+        try:
+            found = self._files.get_file_info(selector)
+        except OSError as error:
+            raise StoreError(f"cannot read {self._root}: {_first_line(error)}") from error
+        prefix = self._root.lstrip("/") + "/"
+        return [info.path.lstrip("/").removeprefix(prefix) for info in found if info.type == FileType.File]
+
+
+def sweep_uri(results: str, sweep: str) -> str:
+    """The URI of a sweep's files under that of several; options behind a `?` stay behind it."""
+    place, mark, options = results.partition("?")
+    return f"{place.rstrip('/')}/{sweep}{mark}{options}"
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """What has to be copied of a folder, but for its manifest."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return [path for path in paths if not str(path.relative_to(folder)).startswith((*_OWN, "manifest"))]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
