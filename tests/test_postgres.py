@@ -1,0 +1,154 @@
+"""Study and MLflow in PostgreSQL, on a real server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psycopg2
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+from jobs.errors import SpecError
+from orchestrator.config import make_config
+from orchestrator.sampler import OptunaSampler
+from search_spaces.base import Space
+from storage.query import open_sweep
+from tests.command import refused, results, run_arguments, steersweep
+from tests.fakes import Stopped
+from tests.mirrored import free_port
+from tests.postgres import postgresql
+from tests.sweeps import SCENARIOS, check_ended, drive, outcome_of
+
+NAME = "random with duplicates"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgresql() as address:
+        yield address
+
+
+@pytest.fixture
+def database(server: str, tmp_path: Path) -> str:
+    """URL of a database of its own."""
+    name = f"db_{abs(hash(tmp_path)):x}"
+    execute(server, f"CREATE DATABASE {name}")
+    return f"{server}/{name}"
+
+
+def execute(server: str, statement: str) -> None:
+    connection = psycopg2.connect(f"{server}/postgres")
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+    connection.close()
+
+
+def open_sampler(folder: Path, space: Space, database: str, **changes: Any) -> OptunaSampler:
+    options: dict[str, Any] = {"name": space.sampler, "seed": 0, "study": "study"}
+    return OptunaSampler(space, journal=folder / "optuna.journal", storage=database, **options | changes)
+
+
+@pytest.fixture(autouse=True)
+def _no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.folder.provenance", dict)
+
+
+def in_database(monkeypatch: pytest.MonkeyPatch, database: str) -> None:
+    """Have `tests.sweeps` keep and read the study in a database."""
+    monkeypatch.setattr(
+        "tests.sweeps.open_sampler",
+        lambda folder, space, name=None: open_sampler(folder, space, database, name=name or space.sampler),
+    )
+    monkeypatch.setattr(
+        "tests.sweeps.study_of",
+        lambda folder: optuna.load_study(study_name="study", storage=database).trials,
+    )
+
+
+def test_a_sweep_with_its_study_there_is_the_same_sweep_also_after_stops(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, trials, _, _ = SCENARIOS[NAME]
+    drive(tmp_path / "file", space, trials=trials)
+    in_database(monkeypatch, database)
+    for stop_at in (3, 5, 7, None):
+        try:
+            drive(tmp_path / "database", space, trials=trials, stop_at=stop_at)
+        except Stopped:
+            assert stop_at
+    check_ended(tmp_path / "database", space, trials=trials)
+    assert outcome_of(tmp_path / "database") == outcome_of(tmp_path / "file")
+    assert not (tmp_path / "database" / "optuna.journal").exists()
+
+
+def test_a_study_that_was_cut_short_while_it_was_written_anew_is_written_again(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, trials, _, _ = SCENARIOS[NAME]
+    in_database(monkeypatch, database)
+    drive(tmp_path, space, trials=trials)
+    before = optuna.load_study(study_name="study", storage=database).trials
+    sampler = open_sampler(tmp_path, space, database)
+    sampler.forget()
+    drive(tmp_path, space, trials=trials)
+    after = optuna.load_study(study_name="study", storage=database).trials
+    assert [(trial.params, trial.values, trial.state) for trial in after] == [
+        (trial.params, trial.values, trial.state) for trial in before
+    ]
+
+
+def test_two_sweeps_share_a_database(tmp_path: Path, database: str) -> None:
+    space = SCENARIOS[NAME].space
+    first = open_sampler(tmp_path, space, database, study="first")
+    second = open_sampler(tmp_path, space, database, study="second", seed=1)
+    assert [first.ask().trial, second.ask().trial, first.ask().trial] == [0, 0, 1]
+    assert len(optuna.get_all_study_summaries(database)) == 2
+
+
+def test_an_address_without_a_server_or_without_rights_is_said_in_a_line(
+    tmp_path: Path, server: str, database: str
+) -> None:
+    space = SCENARIOS[NAME].space
+    with pytest.raises(SpecError, match=r"cannot be used: .*refused.*give postgresql://"):
+        open_sampler(tmp_path, space, f"postgresql://me@127.0.0.1:{free_port()}/none")
+    execute(server, "CREATE ROLE guest LOGIN")
+    with pytest.raises(SpecError, match=r"cannot be used: .*permission denied"):
+        open_sampler(tmp_path, space, database.replace("tester", "guest"))
+    for wrong, said in {
+        "mysql://me@host/x": "postgresql://me@host:5432/studies",
+        "postgresql://me:secret@host/x": "PGPASSWORD",
+        "postgresql://host/x?password=secret": "PGPASSWORD",
+    }.items():
+        with pytest.raises(SpecError, match=said) as error:
+            make_config(storage=wrong)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.ray
+def test_the_command_keeps_study_and_mlflow_in_one_database(
+    place: Path, finished: dict[str, Any], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", "open sesame")
+    address = ["--storage", database, "--set", f"mlflow={database}"]
+    done = steersweep(*run_arguments(place, "shared"), *address)
+    assert done.returncode == 0, done.stderr
+    folder = place / "shared"
+    assert results(folder) == results(place / "finished")
+    study = optuna.load_study(study_name=open_sweep(folder).identity["sweep"], storage=database)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 9
+    client = MlflowClient(tracking_uri=database)
+    [experiment] = [each for each in client.search_experiments() if each.name == "space"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 10
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert not (folder / "mlflow.db").exists()
+    doctor = steersweep("doctor", folder, "--json")
+    assert json.loads(doctor.stdout)["consistent"], doctor.stdout
+    assert b"sesame" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert "cannot be used" in refused(
+        *run_arguments(place, "nowhere"), "--storage", f"postgresql://me@127.0.0.1:{free_port()}/x"
+    )
