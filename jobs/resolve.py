@@ -76,6 +76,18 @@ def shipped_jobs() -> list[str]:
     ]
 
 
+def shipped_packages(job: str) -> list[Path]:
+    """Folders of the packages that a worker needs for a job: the project's own, and the job's.
+
+    Args:
+        job: Import path; one that is a single module, in no package, has to be on every machine already.
+    """
+    own = Path(__file__).parents[1]
+    first = {name: own / name for name in ("jobs", "orchestrator", "search_spaces", "storage")}
+    path = getattr(importlib.import_module(job.partition(".")[0]), "__path__", None)
+    return [*first.values(), *(Path(place) for place in path or () if Path(place) not in first.values())]
+
+
 def make_params(job: str, values: Mapping[str, Any]) -> Any:
     """An instance of the job's `Params`, every name and type checked.
 

@@ -110,9 +110,10 @@ def plan(
     with ExitStack() as stack:
         elsewhere = None
         if address is not None:
+            from jobs.resolve import shipped_packages
             from orchestrator.ray_cluster import connected, on_a_machine
 
-            stack.enter_context(connected(config, address))
+            stack.enter_context(connected(config, address, shipped_packages(file.space.job)))
             elsewhere = partial(on_a_machine, config)
         found = make_plan(file.space, config, out=out, seconds=seconds, elsewhere=elsewhere)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from jobs.resolve import shipped_packages
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.folder import check_free, claimed
@@ -73,7 +74,7 @@ def run_sweep(
     stopped = ""
     with ExitStack() as stack:
         if not is_over:
-            stack.enter_context(connected(config, address))
+            stack.enter_context(connected(config, address, shipped_packages(file.space.job)))
         stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
         if not is_over:

@@ -3,8 +3,9 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -21,12 +22,13 @@ _CONNECT_SECONDS = 5.0
 
 
 @contextmanager
-def connected(config: RunConfig, address: str | None) -> Iterator[None]:
+def connected(config: RunConfig, address: str | None, packages: Sequence[Path] = ()) -> Iterator[None]:
     """Inside the block there is a Ray: a running cluster, or one of its own as large as the workers need.
 
     Args:
         config: Number and size of the workers.
         address: host:port of a running head, or `auto`; None starts a local Ray.
+        packages: Folders of the packages that workers on other machines get from this one.
 
     Raises:
         SpecError: If there is no cluster at the address, or this machine has too few GPUs.
@@ -37,6 +39,7 @@ def connected(config: RunConfig, address: str | None) -> Iterator[None]:
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
         common |= {"num_cpus": cpus, "include_dashboard": False}
     else:
+        common |= {"runtime_env": {"py_modules": [str(package) for package in packages]}} if packages else {}
         if address != "auto":
             _check_listening(address)
         # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from storage.mlflow_text import cut, note, run_name
+from storage.places import mlflow_place
 from storage.query import StoredSweep, open_sweep
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class _Runs(NamedTuple):
 
 
 def tracking_uri(folder: Path) -> str:
-    """URI of a sweep's own MLflow store: `mlflow.db` in its folder, artifacts beside it in `mlartifacts`."""
-    return _sqlite(folder.resolve() / "mlflow.db")
+    """URI of a sweep's own MLflow store: `mlflow.db` in `mlflow_place`, artifacts beside it."""
+    return _sqlite(mlflow_place(folder) / "mlflow.db")
 
 
 def _sqlite(path: Path) -> str:
@@ -207,6 +208,7 @@ class Mirror:
         """
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+        database.parent.mkdir(parents=True, exist_ok=True)
         staging = database.with_name(f".{database.name}.new")
         staging.unlink(missing_ok=True)
         SqlAlchemyStore(_sqlite(staging), self._artifact_location())  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jobs.errors import SpecError
 from storage.mlflow_log import ENVIRONMENT, tracking_uri
+from storage.places import mlflow_place
 
 
 def serve_ui(folder: Path, port: int, announce: Callable[[str], object]) -> None:
@@ -26,7 +27,7 @@ def serve_ui(folder: Path, port: int, announce: Callable[[str], object]) -> None
     Raises:
         SpecError: If the folder has no MLflow store, the port cannot be had, or the server ends by itself.
     """
-    if not (folder / "mlflow.db").is_file():
+    if not (mlflow_place(folder) / "mlflow.db").is_file():
         raise SpecError(
             f"{folder} has no mlflow.db; give the folder of a sweep that has begun and keeps its runs there"
         )
@@ -64,7 +65,7 @@ def _check_port(port: int) -> None:
 
 
 def _command(folder: Path, port: int) -> list[str]:
-    store, artifacts = tracking_uri(folder), (folder.resolve() / "mlartifacts").as_uri()
+    store, artifacts = tracking_uri(folder), (mlflow_place(folder) / "mlartifacts").as_uri()
     return [
         *(sys.executable, "-m", "mlflow", "ui"),
         *("--backend-store-uri", store, "--registry-store-uri", store, "--artifacts-destination", artifacts),
