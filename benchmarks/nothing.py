@@ -1,5 +1,6 @@
 """A job that does nothing, for what a sweep costs besides its jobs: five parameters, two metrics."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ class Params:
         c: Third.
         d: Fourth.
         e: Fifth.
+        seconds: How long a row does nothing.
     """
 
     a: float
@@ -24,6 +26,7 @@ class Params:
     c: float
     d: float
     e: float
+    seconds: float = 0.0
 
 
 METRICS = {"up": Metric("1", "a + b + c"), "down": Metric("1", "d - e")}
@@ -59,4 +62,5 @@ def values(params: Any) -> dict[str, float]:
 def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """One outcome a row."""
     for index, row in enumerate(rows):
+        time.sleep(row.params.seconds)
         yield index, Outcome(metrics={"select": values(row.params)})

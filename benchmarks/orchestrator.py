@@ -11,26 +11,34 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.machine import describe
 from benchmarks.simulation import Simulation
+from jobs.spec import Status
+from orchestrator.sampler import Ended, OptunaSampler
+from orchestrator.space_file import load_space
 from storage.query import open_sweep
 
 RESULTS = Path(__file__).parent / "results" / "orchestrator.json"
 SPACE = Path(__file__).parent / "nothing_space.py"
+UNEVEN = Path(__file__).parent / "uneven_space.py"
 TRIALS = 300
+ASKED = 20
+SAMPLED = (100, 1_000, 10_000, 100_000)
 SIMULATED = ((1_000, 1_000_000), (10_000, 1_000_000), (1_000, 100_000))
 
 
 def bench_steersweep(place: Path, name: str, *settings: str) -> dict[str, float]:
     """Seconds a trial of a sweep, by its own tables, and how far MLflow was behind."""
     folder = place / name
-    command = [sys.executable, "-m", "orchestrator.cli", "run", str(SPACE), "--out", str(folder), "--json"]
-    subprocess.run([*command, *settings], check=True, capture_output=True, text=True)
+    _run(SPACE, folder, *settings)
     sweep = open_sweep(folder)
     [times] = sweep.rows(
         "SELECT (SELECT min(started) FROM attempts) AS began, max(finished) AS ended, count(*) AS trials, "
@@ -39,6 +47,53 @@ def bench_steersweep(place: Path, name: str, *settings: str) -> dict[str, float]
     assert times["trials"] == TRIALS, times
     seconds = times["ended"] - times["began"]
     return {"seconds_per_trial": seconds / TRIALS, "packs": times["packs"]}
+
+
+def _run(space: Path, folder: Path, *settings: str) -> None:
+    command = [sys.executable, "-m", "orchestrator.cli", "run", str(space), "--out", str(folder), "--json"]
+    subprocess.run([*command, *settings], check=True, capture_output=True, text=True)
+
+
+def bench_busy(place: Path, name: str, *settings: str) -> float:
+    """Share of their time that two workers are busy with trials of 0.05 to 1 s, until none waits any more."""
+    folder = place / name
+    _run(UNEVEN, folder, *settings)
+    packs = open_sweep(folder).rows(
+        "SELECT min(started) AS began, max(finished) AS ended FROM attempts GROUP BY attempt"
+    )
+    first, last = min(pack["began"] for pack in packs), max(pack["began"] for pack in packs)
+    busy = sum(min(pack["ended"], last) - min(pack["began"], last) for pack in packs)
+    return float(busy / (2 * (last - first)))
+
+
+def bench_sampler(trials: int) -> dict[str, float]:
+    """Milliseconds that a proposal takes once so many trials have ended, by sampler."""
+    space = load_space(SPACE).space
+    values = np.random.default_rng(0).uniform(size=(trials, 5))
+    asked = {number: dict(zip("abcde", row.tolist(), strict=True)) for number, row in enumerate(values)}
+    ended = {
+        number: Ended(Status.COMPLETED, [row["a"] + row["b"] + row["c"], row["d"] - row["e"]])
+        for number, row in asked.items()
+    }
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tpe", "nsga2"):
+            sampler = OptunaSampler(space, name=name, seed=0, journal=Path(folder) / name, study="study")
+            sampler.restate(asked, ended)
+            sampler.ask()
+            began = time.perf_counter()
+            for _ in range(ASKED):
+                sampler.ask()
+            found[name] = 1e3 * (time.perf_counter() - began) / ASKED
+    return found
+
+
+def bench_memory() -> dict[str, float]:
+    """What a driver keeps for each trial, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.driver_memory"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def bench_ray_tune(place: Path, name: str, *, reuse: bool) -> float:
@@ -68,6 +123,10 @@ def main(arguments: Sequence[str]) -> None:
             "tpe, unpacked": bench_steersweep(place, "unpacked", "--set", "max_pack=1"),
             "random": bench_steersweep(place, "random", "--set", "sampler=random"),
         }
+        busy = {
+            "packs of up to 16": bench_busy(place, "packed-uneven"),
+            "one by one": bench_busy(place, "uneven", "--set", "max_pack=1"),
+        }
         tune = {
             "reuse": bench_ray_tune(place, "reuse", reuse=True),
             "fresh": bench_ray_tune(place, "fresh", reuse=False),
@@ -81,6 +140,9 @@ def main(arguments: Sequence[str]) -> None:
         "ray_tune_seconds_per_trial": tune["fresh"],
         "ray_tune_reuse_seconds_per_trial": tune["reuse"],
         "ratio_reuse": tune["reuse"] / ours["tpe"]["seconds_per_trial"],
+        **bench_memory(),
+        "busy": busy,
+        "milliseconds_per_proposal": {str(trials): bench_sampler(trials) for trials in SAMPLED},
         "simulated": simulated,
         "simulated_trials": max(each["trials"] for each in simulated),
         "simulated_utilisation": min(each["utilisation"] for each in simulated),
