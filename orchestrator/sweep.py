@@ -317,11 +317,12 @@ class Sweep:
         self._results.learn(finished)
         since = run.latest or (delivery.started if delivery is not None else run.dispatched)
         run.latest = max((row.at for row in finished), default=time.time())
-        self._budget.spend(run.latest - since)
+        taken = max(0.0, run.latest - since)  # clocks of other machines are others, and clocks jump
+        self._budget.spend(taken)
         results = (*part.results, *self._intake.ended(part.results))
         self._results.accept(
             Part(part.files, results),
-            seconds=(run.latest - since) / max(1, len(part.results)),
+            seconds=taken / max(1, len(part.results)),
             attempts=attempts,
         )
         self._intake.advance(result.spec for result in results)

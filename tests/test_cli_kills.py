@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from storage.query import open_sweep
 from tests.command import ROOT, results, run_arguments, steersweep
 
 pytestmark = pytest.mark.ray
@@ -80,27 +79,6 @@ def test_a_driver_that_is_asked_to_stop_says_how_to_go_on_and_leaves_no_process(
     done = steersweep("status", place / out, "--json")
     assert json.loads(done.stdout)["driver"] is None
     assert json.loads(done.stdout)["running"] == 0
-
-
-def test_a_killed_worker_is_replaced_and_its_pack_runs_again(finished: dict[str, Any], place: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "orchestrator.cli",
-        *map(str, run_arguments(place, "wounded")),
-        "--workers",
-        "1",
-    ]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: "dispatched" in ledger(place / "wounded"), driver)
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        if "WorkerActor" in " ".join(process.cmdline()):
-            process.send_signal(signal.SIGKILL)
-    output, errors = driver.communicate(timeout=240)
-    assert driver.returncode == 0, errors
-    assert json.loads(output.splitlines()[-1])["completed"] == 9
-    states = open_sweep(place / "wounded").rows("SELECT DISTINCT state FROM attempts ORDER BY state")
-    assert [row["state"] for row in states] == ["lost", "ok"]
 
 
 def test_a_killed_driver_that_had_only_the_report_left_to_write_is_finished_by_resume(

@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import multiprocessing
 import os
+import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +19,7 @@ import pytest
 from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator import worker as worker_module
+from orchestrator.budget import busy_seconds
 from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
@@ -678,6 +681,20 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
         check_ended(folder, space, trials=trials)
         assert outcome_of(folder) == undisturbed(name)
     assert last > 3 * trials, "the sweep ended before the disk was full"
+
+
+def test_a_clock_that_jumps_changes_no_result_and_no_time_is_negative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
+) -> None:
+    name = "random packs"
+    chance = random.Random(0)
+    real = time.time
+    monkeypatch.setattr("time.time", lambda: real() + chance.choice([0, 0, 3600, -3600, 86400 * 365]))
+    drive(tmp_path, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+    check_ended(tmp_path, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+    assert outcome_of(tmp_path) == undisturbed(name)
+    assert all(row["seconds"] is None or row["seconds"] >= 0 for row in trials_of(tmp_path))
+    assert busy_seconds(Store(tmp_path).rows("attempts")) >= 0
 
 
 @pytest.mark.usefixtures("row_by_row")
