@@ -38,6 +38,7 @@ class RunConfig(BaseModel):
         max_attempts: Tries at a pack whose worker dies; the last one is alone.
         resources: Custom resources of Ray's that a worker takes, such as `{"tpu": 1}`.
         labels: Labels of Ray's that the machine of a worker has, such as `{"gpu-type": "H100"}`.
+        loads_at_once: Most workers that load the model at the same time.
         wait_seconds: How long to wait for a machine that can hold a worker.
         answer_seconds: A worker that does not answer for so long is replaced.
         pack_seconds: A worker whose pack gives nothing for so long is replaced; None waits for ever.
@@ -71,6 +72,7 @@ class RunConfig(BaseModel):
     max_attempts: int = Field(3, ge=1)
     resources: dict[str, float] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
+    loads_at_once: int = Field(8, ge=1)
     wait_seconds: float = Field(600, gt=0)
     answer_seconds: float = Field(120, gt=0)
     pack_seconds: float | None = Field(None, gt=0)

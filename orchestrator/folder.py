@@ -25,7 +25,7 @@ from storage.query import read_identity
 _STARTED_WITH = ("space", "source", "fixed", "config")
 _MAY_CHANGE = (
     *("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts"),
-    *("resources", "labels", "wait_seconds", "answer_seconds", "pack_seconds"),
+    *("resources", "labels", "loads_at_once", "wait_seconds", "answer_seconds", "pack_seconds"),
     *("budget_hours", "budget_device_hours", "least_gain", "results"),
 )
 """Fields of the configuration that say who computes, and nothing of what."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
@@ -57,9 +57,10 @@ class WorkerActor:
         import torch
 
         torch.set_num_threads(cpus)
+        self._model = model
         self._worker = Worker(
             Path(folder),
-            model,
+            None,
             device=device_of(gpus),
             token_budget=token_budget,
             memory=memory,
@@ -68,8 +69,13 @@ class WorkerActor:
 
     @ray.method(concurrency_group="control")
     def alive(self) -> str:
-        """Id of its node, as soon as the replica is loaded and whenever it is asked."""
+        """Id of its node, whenever it is asked."""
         return ray.get_runtime_context().get_node_id()
+
+    def load(self) -> None:
+        """Load the replica, unless that is left to the orders."""
+        if self._model is not None:
+            self._worker.hold(self._model)
 
     def run(self, order: Order) -> Iterator[Delivery]:
         """Deliveries of an order, each as soon as it is written."""
@@ -105,7 +111,8 @@ class _Member:
 
     Attributes:
         actor: Its handle.
-        node: Id of its node; None until it is loaded.
+        node: Id of its node; None until it has one.
+        is_loaded: Whether its replica is there; None until it was told to load it.
         asked: When it was asked whether it lives; None if it has answered.
         busy: Since when its order has given nothing; None if it has none.
         leaves: Why it is given no more orders; None if it stays.
@@ -113,16 +120,17 @@ class _Member:
 
     actor: Any
     node: str | None = None
+    is_loaded: bool | None = None
     asked: float | None = None
     busy: float | None = None
     leaves: str | None = None
 
 
 class _Awaited(NamedTuple):
-    """What a reference stands for: an answer of a worker, or the deliveries of its order."""
+    """What a reference stands for: a worker lives, or has loaded, or delivers what its order gives."""
 
     worker: str
-    is_order: bool
+    kind: Literal["alive", "load", "order"]
 
 
 class RayPool:
@@ -185,17 +193,23 @@ class RayPool:
             results=self._remote_uri,
         )
         self._members[name] = _Member(actor)
-        self._await(name, actor.alive.remote(), is_order=False)
+        self._awaited[actor.alive.remote()] = _Awaited(name, "alive")
 
-    def _await(self, worker: str, reference: Any, *, is_order: bool) -> None:
-        self._awaited[reference] = _Awaited(worker, is_order)
+    def _load(self) -> None:
+        """Let workers load that have a machine, a few at a time: the weights may come from one disk."""
+        loading = sum(member.is_loaded is False for member in self._members.values())
+        for name, member in self._members.items():
+            if loading < self._config.loads_at_once and member.node is not None and member.is_loaded is None:
+                member.is_loaded = False
+                loading += 1
+                self._awaited[member.actor.load.remote()] = _Awaited(name, "load")
 
     def start(self, worker: str, order: Order) -> None:
         """Hand an order to an idle worker."""
         member = self._members[worker]
         member.busy = time.monotonic()
         stream = member.actor.run.options(num_returns="streaming").remote(order)
-        self._await(worker, stream, is_order=True)
+        self._awaited[stream] = _Awaited(worker, "order")
 
     def drain(self) -> None:
         """Replace nobody any more."""
@@ -212,6 +226,7 @@ class RayPool:
         if has_died():
             return self._end_all()
         self._replenish()
+        self._load()
         events = self._watch()
         if not self._awaited:
             time.sleep(timeout_seconds)
@@ -233,9 +248,10 @@ class RayPool:
             raise SteersweepError("Ray has died under the sweep; `steersweep resume` goes on from here")
         return [Event(name, "lost", reason="Ray has died", is_fault=False) for name in names]
 
-    def _news(self, reference: Any, worker: str, is_order: bool) -> list[Event]:
+    def _news(self, reference: Any, worker: str, kind: str) -> list[Event]:
+        tell = {"alive": self._answered, "load": self._loaded, "order": self._delivered}[kind]
         try:
-            return self._delivered(reference, worker) if is_order else self._answered(reference, worker)
+            return tell(reference, worker)
         except ActorDiedError as error:
             if error.actor_init_failed:
                 raise ModelError(f"a worker cannot start: {_last_line(error)}") from error
@@ -246,6 +262,9 @@ class RayPool:
         except RayActorError as error:
             return [self._let_go(worker, str(error).strip())]
         except RayTaskError as error:
+            if kind == "load":
+                cause = error.cause if isinstance(error.cause, SteersweepError) else error
+                raise ModelError(f"a worker cannot start: {_last_line(cause)}") from error
             if isinstance(error.cause, DiskFull):
                 lost = self._let_go(worker, str(error.cause), is_fault=False)
                 return [lost._replace(is_disk_full=True)]
@@ -257,7 +276,7 @@ class RayPool:
         """Its connection broke: Ray knows a moment later whether it or its machine has died."""
         member = self._members[worker]
         member.leaves, member.busy, member.asked = reason, None, time.monotonic()
-        self._await(worker, member.actor.alive.remote(), is_order=False)
+        self._awaited[member.actor.alive.remote()] = _Awaited(worker, "alive")
         return []
 
     def _answered(self, reference: Any, worker: str) -> list[Event]:
@@ -267,6 +286,11 @@ class RayPool:
         if member.node is not None:
             return self._leave(worker)
         member.node = node
+        return []
+
+    def _loaded(self, reference: Any, worker: str) -> list[Event]:
+        ray.get(reference)
+        self._members[worker].is_loaded = True
         return [Event(worker, "ready")]
 
     def _delivered(self, stream: Any, worker: str) -> list[Event]:
@@ -276,7 +300,7 @@ class RayPool:
         except StopIteration:
             member.busy = None
             return [Event(worker, "done"), *self._leave(worker)]
-        self._await(worker, stream, is_order=True)
+        self._awaited[stream] = _Awaited(worker, "order")
         member.busy = time.monotonic()
         self._deaths = 0
         self._node_deaths.pop(str(member.node), None)
@@ -298,7 +322,7 @@ class RayPool:
                 continue
             if member.asked is None:
                 member.asked = now
-                self._await(worker, member.actor.alive.remote(), is_order=False)
+                self._awaited[member.actor.alive.remote()] = _Awaited(worker, "alive")
             if member.node in drained:
                 member.leaves = "its machine is taken away"
             if (why := self._silence(member, now)) is not None:

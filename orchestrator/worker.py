@@ -72,9 +72,9 @@ class Worker:
         self._replica: Any = None
         self.stop_requested = False
         if model is not None:
-            self._hold(model)
+            self.hold(model)
 
-    def _hold(self, model: ModelRef) -> bool:
+    def hold(self, model: ModelRef) -> bool:
         """Have a model loaded; returns whether that took loading. Its tuning comes with the order."""
         model = replace(model, tuned="")
         if model == self._model:
@@ -101,7 +101,7 @@ class Worker:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
             unanswered = {index: row.spec for index, row in enumerate(order.rows)}
             context = _Context(self, order.artifacts, batch, unanswered)
-            batch.has_loaded = self._hold(order.model)
+            batch.has_loaded = self.hold(order.model)
             batch.device = str(getattr(self._replica, "device", ""))
             self._change_weights(order.tuned)
             for index, outcome in load_job(order.job).run(self._replica, rows, context):
