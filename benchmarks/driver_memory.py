@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from orchestrator.config import RunConfig
+from orchestrator.config import make_config
 from orchestrator.folder import claimed
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.progress import Tally
@@ -83,7 +83,7 @@ def _traced() -> tuple[int, int]:
 def measure() -> dict[str, Any]:
     """Bytes a trial, of the driver and of the study."""
     file = load_space(SPACE)
-    config = RunConfig(model="nothing", workers=1, trials=LAST, sampler="random")
+    config = make_config(model="nothing", workers=1, trials=LAST, sampler="random")
     watch = _Watch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "sweep"

@@ -5,6 +5,11 @@ class SteersweepError(Exception):
     """Root of the project's errors: shown as one line, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class SpecError(SteersweepError):
     """A space, a parameter or a data file is wrong: mend what was asked for."""
 

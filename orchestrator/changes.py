@@ -1,17 +1,16 @@
 """A sweep that goes on with another space, configuration or code than it was started with."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 from jobs.errors import SpecError
 from orchestrator.config import RunConfig
 from orchestrator.folder import differences, identify
-from orchestrator.planning import Planner
+from orchestrator.planning import Planner, check_unchanged, planned_trials
 from orchestrator.reopening import load_kept, open_sampler
 from orchestrator.space_file import SpaceFile
 from storage.durable import publish
-from storage.ledger import Ledger, read_asked
+from storage.ledger import Ledger, read_asked, read_comparable
 from storage.lock import driving
 from storage.query import read_identity
 from storage.store import Store
@@ -34,21 +33,34 @@ def accept_changes(folder: Path, file: SpaceFile, config: RunConfig) -> None:
     """
     if not (folder / "sweep.json").is_file():
         return
+    config = config.pinned()
     with driving(folder):
         identity, wanted = read_identity(folder), identify(file, config)
         old, old_config = load_kept(folder)
         _check_same_study(old, old_config, file, config)
-        changes = differences(identity, wanted) or "code or data"
-        planner = Planner(file.space, config)
+        planner, asked = Planner(file.space, config), read_asked(folder)
+        changes = differences(identity, wanted) or _changed_work(planner, folder)
+        if not changes:
+            return
+        if (fewer := planned_trials(file.space, config)) < len(asked):
+            raise SpecError(f"{fewer} trials: {len(asked)} were asked for already; give more")
         ended = {row["trial"] for row in Store(folder).rows("trials")}
-        open_ = [asked for asked in read_asked(folder) if asked.trial not in ended]
+        meant = [planner.meant(trial) for trial in asked if trial.trial not in ended]
         # In this order: a death in between leaves a sweep that asks for the changes to be accepted again.
-        meant = [dataclasses.replace(asked, spec=planner.spec(asked.params)) for asked in open_]
         Ledger(folder).changes_accepted(changes, meant)
         open_sampler(folder, old.space, old_config).forget()  # it is written anew, with the objectives of now
         kept = {**wanted, "sweep": identity["sweep"], "changes": [*identity.get("changes", ()), changes]}
+        (folder / "report" / "index.html").unlink(missing_ok=True)  # it says what the objectives were
         publish(folder / "space.py", file.source.encode())
         publish(folder / "sweep.json", json.dumps(kept, indent=1).encode())
+
+
+def _changed_work(planner: Planner, folder: Path) -> str:
+    try:
+        check_unchanged(planner, read_comparable(folder))
+    except SpecError:
+        return "code or data"
+    return ""
 
 
 def _check_same_study(old: SpaceFile, old_config: RunConfig, new: SpaceFile, config: RunConfig) -> None:

@@ -146,7 +146,7 @@ def resume(
     workers: Annotated[int | None, typer.Option(help="Replicas from now on.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value: gpus_per_worker, cpus_per_worker, max_attempts from now on."),
+        typer.Option("--set", help="key=value: who computes, and for how long, such as gpus_per_worker=1."),
     ] = None,
     reuse: Reuse = None,
     address: Address = None,
@@ -184,7 +184,7 @@ def retry(
     if state != "failed":
         raise SpecError(f"--state {state!r}; only trials that failed can be tried again: give failed")
     file, config = load_kept(folder, **({} if workers is None else {"workers": workers}))
-    withdraw_failed(folder, trials)
+    withdraw_failed(folder, file.space, config, trials)
     _drive(file, config, folder, (), address, as_json)
 
 
@@ -234,28 +234,16 @@ def fetch(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"{out} is there already; give a new folder with --out")
     files = Remote(source).fetch_all(out)
-    if not (out / "sweep.json").is_file():
-        raise SpecError(f"{source} holds no sweep: {files} files and no sweep.json")
     if as_json:
         print_json({"folder": str(out), "files": files})
     else:
         say(f"{out}: {files} files; `steersweep resume {out}` goes on with it")
 
 
-for command in (
-    *(
-        kept.status,
-        kept.pareto,
-        kept.query,
-        kept.logs,
-        kept.doctor,
-        kept.score,
-        kept.vectors,
-        kept.report,
-        kept.ui,
-    ),
-):
-    app.command()(command)
+for looking in (kept.status, kept.pareto, kept.query, kept.logs, kept.doctor):
+    app.command()(looking)
+for writing in (kept.score, kept.vectors, kept.report, kept.ui):
+    app.command()(writing)
 app.command("jobs")(shipped.list_jobs)
 
 

@@ -47,7 +47,8 @@ class RunConfig(BaseModel):
             `gpus_per_worker` (or 1 where that is 0).
         least_gain: No further pack is started once the hypervolume of the front grows by less than this share
             of itself a device hour; None = never.
-        mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder.
+        mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder,
+            or on this machine where that is on a network file system.
         storage: URL of a PostgreSQL database for Optuna's study, such as `postgresql://me@host/studies`; None
             keeps `optuna.journal` in the sweep's folder.
         results: URI such as `s3://bucket/sweeps`, under which the sweep's files are exchanged, and kept

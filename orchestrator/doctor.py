@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.errors import SpecError
+from jobs.errors import SpecError, first_line
 from orchestrator.budget import Budget
 from orchestrator.config import RunConfig
 from orchestrator.planning import planned_trials
@@ -191,4 +191,8 @@ def _mlflow(kept: _Kept) -> list[_Examination]:
         mirror.sync()
         mirror.finish(is_complete=is_over)
 
-    return _found("mlflow", "it differs from the tables", _lines(mirror.differences()), write)
+    try:
+        differences = mirror.differences()
+    except Exception as error:  # noqa: BLE001 - whatever MLflow raises of a server or a database
+        return _found("mlflow", "it cannot be read", [first_line(error)], None)
+    return _found("mlflow", "it differs from the tables", _lines(differences), write)

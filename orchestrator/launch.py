@@ -77,6 +77,8 @@ def run_sweep(
             stack.enter_context(connected(config, address, shipped_packages(file.space.job)))
         stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
+        if is_over and config.results:  # the last copy may have failed
+            Remote(sweep_uri(config.results, sweep.identity["sweep"])).put_new(folder)
         if not is_over:
             interrupts = stack.enter_context(stoppable())
             loaded = models[0] if len(models) == 1 else None

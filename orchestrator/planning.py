@@ -1,5 +1,6 @@
 """From a proposal to the specs that have to be computed for it. No I/O beyond hashing datasets, no state."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,10 @@ class Planner:
         values = {**self._space.fixed, **params}
         wanted = Requirement(job=self._space.job, params=make_params(self._space.job, job_values(values)))
         return make_spec(wanted, model=self._models.of(values), seed=self._config.seed)
+
+    def meant(self, trial: Asked) -> Asked:
+        """A trial with what has to be computed for it now."""
+        return dataclasses.replace(trial, spec=self.spec(trial.params))
 
     def needs(self, spec: Spec) -> dict[str, Spec]:
         """What the spec's job, and the weights that it runs on, require, by requirement key."""

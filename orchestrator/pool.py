@@ -1,6 +1,6 @@
 """What the sweep asks of workers, whoever runs them. No Ray here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -84,6 +84,12 @@ class Delivery:
     out_of_memory: bool = False
     has_loaded: bool = False
     is_worn: bool = False
+
+
+def written(part: Part, finished: Iterable[Finished]) -> list[str]:
+    """Paths of all that a delivery brings: tables, and then artifacts."""
+    artifacts = [row.artifact.path for row in finished if row.artifact is not None]
+    return [*(file.path for file in part.files), *artifacts]
 
 
 class Event(NamedTuple):

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs.errors import OutOfMemory, SpecError
-from jobs.resolve import load_job, make_params
 from jobs.spec import Spec
 from orchestrator.config import RunConfig
 from orchestrator.intake import Planned, make_order
 from orchestrator.planning import Planner
 from orchestrator.worker import Worker, device_of
-from orchestrator.workload import required
+from orchestrator.workload import required, tokens_of
 from storage.artifacts import Artifact
 
 
@@ -101,11 +100,7 @@ def measure(planner: Planner, packs: Sequence[Sequence[Spec]], config: RunConfig
 
 def _cheapest(packs: Sequence[Sequence[Spec]]) -> tuple[Spec, Sequence[Spec]]:
     """The spec with the fewest tokens, and those that ride with it."""
-    return min(((spec, pack) for pack in packs for spec in pack), key=lambda each: _tokens(each[0]))
-
-
-def _tokens(spec: Spec) -> int:
-    return load_job(spec.job).size(make_params(spec.job, spec.params)).tokens
+    return min(((spec, pack) for pack in packs for spec in pack), key=lambda each: tokens_of(each[0]))
 
 
 class _Probe:
@@ -144,7 +139,7 @@ class _Probe:
             written += sum(file.bytes for file in delivery.part.files)
             written += sum(artifact.bytes for artifact in kept.values())
         seconds = time.perf_counter() - began
-        self.runs.append(_Run(job, len(specs), sum(map(_tokens, specs)), seconds, written))
+        self.runs.append(_Run(job, len(specs), sum(map(tokens_of, specs)), seconds, written))
 
 
 def _paces(runs: Sequence[_Run]) -> Iterator[tuple[str, Pace]]:

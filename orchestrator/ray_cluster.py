@@ -12,9 +12,9 @@ import ray
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from jobs.errors import SpecError, SteersweepError
+from jobs.errors import SpecError, SteersweepError, first_line
 from orchestrator.config import RunConfig
 
 Found = TypeVar("Found")
@@ -48,7 +48,7 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
     try:
         ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SpecError(f"no Ray cluster at {address!r}: {_first_line(error)}; {_ADDRESS_HINT}") from error
+        raise SpecError(f"no Ray cluster at {address!r}: {first_line(error)}; {_ADDRESS_HINT}") from error
     try:
         if address is None:
             _check_gpus(config)
@@ -62,25 +62,35 @@ def on_a_machine(config: RunConfig, act: Callable[[], Found]) -> Found:
 
     Args:
         config: Size of a worker.
-        act: The function; the project has to be installed there too.
+        act: The function.
 
     Raises:
-        SteersweepError: If the function raises one.
+        SteersweepError: If the function raises one, or there is no such machine for `wait_seconds`.
     """
-    there: Any = ray.remote(act).options(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-        resources=config.resources or None,
-        label_selector=config.labels or None,
-        max_retries=0,
-    )
+    options: dict[str, Any] = {
+        "num_cpus": config.cpus_per_worker,
+        "num_gpus": config.gpus_per_worker,
+        "resources": config.resources or None,
+        "label_selector": config.labels or None,
+        "max_retries": 0,
+    }
     try:
-        found: Found = ray.get(there.remote())
+        ray.get(ray.remote(lambda: None).options(**options).remote(), timeout=config.wait_seconds)
+        found: Found = ray.get(ray.remote(act).options(**options).remote())
+    except GetTimeoutError as error:
+        raise SteersweepError(
+            f"no machine of the cluster was free for a worker for {config.wait_seconds:g} s; give smaller "
+            "workers or more wait_seconds"
+        ) from error
     except RayTaskError as error:
-        if isinstance(error.cause, SteersweepError):
-            raise error.cause from error
-        raise
+        raise (error.cause if isinstance(error.cause, SteersweepError) else _failed(error)) from error
+    except RayError as error:
+        raise _failed(error) from error
     return found
+
+
+def _failed(error: Exception) -> SteersweepError:
+    return SteersweepError(f"Ray: {str(error).strip().splitlines()[-1]}")
 
 
 def has_died() -> bool:
@@ -130,7 +140,3 @@ def _check_listening(address: str) -> None:
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_FRAME_HEADER_BYTES = 9
 _HTTP2_SETTINGS = 4
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from jobs.errors import ModelError, SpecError, SteersweepError
 from jobs.spec import ModelRef
@@ -227,13 +227,18 @@ class RayPool:
             return self._end_all()
         self._replenish()
         self._load()
-        events = self._watch()
+        events = self._ready_news(timeout_seconds)
+        # After the news: whoever was not listened to for a while has not been silent.
+        return events + self._watch()
+
+    def _ready_news(self, timeout_seconds: float) -> list[Event]:
         if not self._awaited:
             time.sleep(timeout_seconds)
-            return events
-        ready, _ = ray.wait(list(self._awaited), num_returns=1, timeout=0 if events else timeout_seconds)
+            return []
+        ready, _ = ray.wait(list(self._awaited), num_returns=1, timeout=timeout_seconds)
         if ready:
             ready, _ = ray.wait(list(self._awaited), num_returns=len(self._awaited), timeout=0)
+        events: list[Event] = []
         for reference in ready:
             awaited = self._awaited.pop(reference)
             if awaited.worker in self._members:
@@ -271,6 +276,10 @@ class RayPool:
             if isinstance(error.cause, SteersweepError):
                 raise error.cause from error
             return [self._let_go(worker, str(error).strip())]
+        except RayError as error:
+            raise SteersweepError(
+                f"Ray cannot go on with {worker}: {_last_line(error)}; mend that, then `steersweep resume`"
+            ) from error
 
     def _ask_again(self, worker: str, reason: str) -> list[Event]:
         """Its connection broke: Ray knows a moment later whether it or its machine has died."""
@@ -398,6 +407,8 @@ class RayPool:
         self._began = now
         if fitting:
             logger.warning("no worker could start for %g s: the cluster is busy", config.wait_seconds)
+            if self._avoided:
+                self._forgive()
             return
         most = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in wanted}
         labels = f" and the labels {config.labels}" if config.labels else ""
@@ -406,6 +417,13 @@ class RayPool:
             f"{len(nodes)} machines of the cluster have {most} at most; add one, or give smaller workers or "
             "more wait_seconds, then `steersweep resume`"
         )
+
+    def _forgive(self) -> None:
+        """Take the nodes again where workers have died: there may be no others left."""
+        self._avoided.clear()
+        self._node_deaths.clear()
+        for worker in list(self._members):
+            self._let_go(worker, "it waits for another machine than there is", is_fault=False)
 
     def close(self) -> None:
         """Let the actors go. Closing again does nothing."""

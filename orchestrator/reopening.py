@@ -8,9 +8,11 @@ from typing import Any
 from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator.config import RunConfig, make_config
+from orchestrator.planning import Planner
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, load_space
 from search_spaces.base import Grid, Space
+from storage.ledger import Ledger, read_asked, read_comparable
 from storage.lock import driving
 from storage.query import read_identity
 from storage.store import Store
@@ -33,11 +35,13 @@ def journal_path(folder: Path) -> Path:
     return folder / "optuna.journal"
 
 
-def withdraw_failed(folder: Path, trials: Sequence[int] | None) -> None:
+def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Sequence[int] | None) -> None:
     """Let failed results of a sweep not count any more: `run_sweep` computes them again.
 
     Args:
         folder: The sweep's folder.
+        space: What is tried.
+        config: How it is run.
         trials: Which ones; None = all. What other specs such as prerequisites have failed goes with them.
 
     Raises:
@@ -53,6 +57,12 @@ def withdraw_failed(folder: Path, trials: Sequence[int] | None) -> None:
             )
         kept = set() if trials is None else set(specs.values()) - {specs[trial] for trial in trials}
         if again := sorted(failed - kept):
+            # Those from before changes were accepted are meant as all others are now.
+            comparable = {asked.trial for asked in read_comparable(folder)}
+            planner = Planner(space, config)
+            older = [each for each in read_asked(folder) if each.spec.id in again]
+            if meant := [planner.meant(each) for each in older if each.trial not in comparable]:
+                Ledger(folder).asked(meant)
             store.withdraw(again)
             (folder / "report" / "index.html").unlink(missing_ok=True)
 

@@ -3,9 +3,10 @@
 import hashlib
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -14,12 +15,16 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import Trial, TrialState
 
-from jobs.errors import SpecError
+from jobs.errors import SpecError, first_line
 from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.space_file import grid_cell
 from orchestrator.window import Window, WindowedSampler
 from search_spaces.base import Domain, Float, Grid, Int, Space
+from storage.durable import StoreError
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 class Proposal(NamedTuple):
@@ -49,6 +54,19 @@ class Ended(NamedTuple):
 
     status: Status
     values: Sequence[float] | None = None
+
+
+def _storing(method: Callable[Given, Found]) -> Callable[Given, Found]:
+    """What Optuna raises of its storage becomes a StoreError."""
+
+    @wraps(method)
+    def storing(*arguments: Given.args, **named: Given.kwargs) -> Found:
+        try:
+            return method(*arguments, **named)
+        except optuna.exceptions.OptunaError as error:
+            raise StoreError(f"the study cannot be kept: {first_line(error.__cause__ or error)}") from error
+
+    return storing
 
 
 class OptunaSampler:
@@ -83,6 +101,7 @@ class OptunaSampler:
         self._database = None if storage is None else _open_database(storage)
         self._open()
 
+    @_storing
     def _open(self) -> None:
         self._journal = None if self._database else Journal(self._path)
         self._study = _open_study(self._database or _in_file(self._journal), self._study_name, self._space)
@@ -94,6 +113,7 @@ class OptunaSampler:
         if complete:
             self._window.add({trial.number: trial.values for trial in complete})
 
+    @_storing
     def ask(self, fixed: Mapping[str, Any] | None = None) -> Proposal:
         """Propose a configuration.
 
@@ -117,6 +137,7 @@ class OptunaSampler:
         fixed = {name: first.params[name] for name in shared}
         return [first, *(self.ask(fixed) for _ in range(count - 1))]
 
+    @_storing
     def adopt(self, known: Sequence[int]) -> list[Proposal]:
         """Proposals that Optuna has open and that are not among the `known` trial numbers.
 
@@ -135,6 +156,7 @@ class OptunaSampler:
                 adopted.append(Proposal(trial.number, self._plain(trial), len(self._ended)))
         return adopted
 
+    @_storing
     def disagreements(
         self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]
     ) -> dict[int, str]:
@@ -171,6 +193,7 @@ class OptunaSampler:
         """Trials that have ended and that the study has as running."""
         return sorted(ended.keys() - self._ended)
 
+    @_storing
     def restate(self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]) -> None:
         """Write the study anew from what is kept, whole or not at all. Arguments as for `disagreements`.
 
@@ -202,6 +225,7 @@ class OptunaSampler:
             staging.replace(self._path)
         self._open()
 
+    @_storing
     def forget(self) -> None:
         """Delete the study. It can be written anew, by another sampler, with `restate`."""
         if self._database is None:
@@ -209,6 +233,7 @@ class OptunaSampler:
         else:
             optuna.delete_study(study_name=self._study_name, storage=self._database)
 
+    @_storing
     def tell(self, trial: int, status: Status, values: Sequence[float] | None) -> None:
         """Report how a trial ended, as `Ended` says; telling it again changes nothing."""
         if trial in self._ended:
@@ -268,9 +293,9 @@ def _open_database(url: str) -> BaseStorage:
             "storage needs the package psycopg2; install the extra `postgres` (pip install '.[postgres]')"
         ) from error
     except Exception as error:  # whatever SQLAlchemy and the driver make of a wrong address
-        reason = next(iter(str(error.__cause__ or error).splitlines()), "")
+        why = first_line(error.__cause__ or error)
         raise SpecError(
-            f"storage={url!r} cannot be used: {reason}; give postgresql://user@host:port/database, with the "
+            f"storage={url!r} cannot be used: {why}; give postgresql://user@host:port/database, with the "
             "password in PGPASSWORD or ~/.pgpass, and a user who may make tables there"
         ) from error
 

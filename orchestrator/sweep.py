@@ -4,6 +4,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,14 @@ from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake, make_order
 from orchestrator.planning import Planner, group_size
-from orchestrator.pool import Delivery, Event, Finished, Pool
+from orchestrator.pool import Delivery, Event, Finished, Pool, written
 from orchestrator.progress import Progress, Tally
 from orchestrator.results import Results
 from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Kind, Pack, Scheduler
 from search_spaces.base import Space
 from storage.donors import Donors
-from storage.durable import DiskFull, StoreError, check_room, remove_staging
+from storage.durable import DiskFull, StoreError, remove_staging
 from storage.ledger import Asked, Ledger, read_asked, read_limits
 from storage.remote import Remote
 from storage.store import Part, Store, StoredResult
@@ -123,8 +124,11 @@ class Sweep:
                 self._write(self._results.commit)
                 self._check_stop()
                 self._show()
-        finally:
-            self._sampler.flush()
+        except BaseException:
+            with suppress(StoreError):
+                self._sampler.flush()
+            raise
+        self._write(self._sampler.flush)
         self._show()
         return self._tally
 
@@ -140,12 +144,16 @@ class Sweep:
             except DiskFull as error:
                 if self._is_asked_to_stop():
                     raise
-                self._tally.paused = f"{error}; goes on when there is room"
-                self._show()
-                time.sleep(_FULL_DISK_SECONDS)
+                self._pause(str(error))
             else:
-                self._tally.paused = ""
                 return
+
+    def _pause(self, reason: str) -> None:
+        """Wait a little, and say why."""
+        self._tally.paused = f"{reason}; goes on when there is room"
+        self._show()
+        time.sleep(_FULL_DISK_SECONDS)
+        self._tally.paused = ""
 
     def _check_stop(self) -> None:
         if not self._tally.stopping:
@@ -155,7 +163,7 @@ class Sweep:
                 self._pool.drain()
 
     def _is_over(self) -> bool:
-        return self._tally.done == self._trials or (bool(self._tally.stopping) and not self._running)
+        return self._tally.done >= self._trials or (bool(self._tally.stopping) and not self._running)
 
     def _show(self) -> None:
         on_workers = [task for run in self._running.values() for task in run.pack.tasks]
@@ -177,7 +185,7 @@ class Sweep:
         params = {trial.trial: trial.params for trial in asked}
         ends = {number: self._results.end_of(row) for number, row in ended.items()}
         if self._sampler.disagreements(params, ends):
-            self._sampler.restate(params, ends)
+            self._write(partial(self._sampler.restate, params, ends))
         self._write(self._ledger.taken_over)
         if adopted := self._record(self._sampler.adopt([trial.trial for trial in asked])):
             self._write(partial(self._ledger.asked, adopted))
@@ -251,7 +259,7 @@ class Sweep:
         elif event.kind == "lost":
             self._lost(event.worker, event.reason or "the worker died", is_fault=event.is_fault)
             if event.is_disk_full:
-                self._write(partial(check_room, self._store.folder))
+                self._pause(event.reason or "the disk of a worker is full")
 
     def _receive(self, run: _Running, delivery: Delivery) -> None:
         if self._remote is not None:
@@ -267,9 +275,8 @@ class Sweep:
         self._give_up(run, ended, delivery, status, delivery.error.splitlines()[0])
 
     def _fetch(self, remote: Remote, delivery: Delivery) -> None:
-        artifacts = (row.artifact for row in delivery.finished if row.artifact is not None)
-        for file in (*delivery.part.files, *artifacts):
-            remote.fetch(self._store.folder, file.path)
+        for path in written(delivery.part, delivery.finished):
+            remote.fetch(self._store.folder, path)
 
     def _runs_again(self, pack: Pack, delivery: Delivery) -> bool:
         """Whether what is left of a pack that raised can be tried in smaller ones."""

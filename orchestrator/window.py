@@ -52,15 +52,16 @@ class Window:
         while first and ended < LATEST:
             first -= 1
             ended += trials[first].state.is_finished()
-        best = self._best()
+        best = self._best(first)
         earlier = [
             trial for trial in trials[:first] if trial.number in best or trial.state == TrialState.RUNNING
         ]
         return [*earlier, *trials[first:]]
 
-    def _best(self) -> set[int]:
-        """Trials of the front, evenly spread along the first objective if there are many."""
-        order = sorted(self._front, key=lambda number: (self._front[number][0], number))
+    def _best(self, first: int) -> set[int]:
+        """Trials of the front before a number, evenly spread along the first objective if there are many."""
+        earlier = [number for number in self._front if number < first]
+        order = sorted(earlier, key=lambda number: (self._front[number][0], number))
         if len(order) <= BEST:
             return set(order)
         return {order[place] for place in np.linspace(0, len(order) - 1, BEST).astype(int)}
@@ -91,35 +92,43 @@ class WindowedSampler(BaseSampler):
     def __init__(self, sampler: BaseSampler, window: Window) -> None:
         self._sampler = sampler
         self._window = window
+        self._seen: tuple[int, optuna.Study] | None = None
 
-    def _shown(self, study: optuna.Study) -> optuna.Study:
-        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
-        return study if len(trials) <= LATEST else _Shown(study, self._window.of(trials))
+    def _shown(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
+        """The study with what is shown of it, looked at once for each proposal."""
+        if trial.number < LATEST:
+            return study
+        if self._seen is None or self._seen[0] != trial.number:
+            trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+            self._seen = trial.number, _Shown(study, self._window.of(trials))
+        return self._seen[1]
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """As the sampler does."""
-        return self._sampler.infer_relative_search_space(self._shown(study), trial)
+        return self._sampler.infer_relative_search_space(self._shown(study, trial), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As the sampler does."""
-        return self._sampler.sample_relative(self._shown(study), trial, search_space)
+        return self._sampler.sample_relative(self._shown(study, trial), trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """As the sampler does."""
-        return self._sampler.sample_independent(self._shown(study), trial, param_name, param_distribution)
+        return self._sampler.sample_independent(
+            self._shown(study, trial), trial, param_name, param_distribution
+        )
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """As the sampler does."""
-        self._sampler.before_trial(self._shown(study), trial)
+        self._sampler.before_trial(self._shown(study, trial), trial)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """As the sampler does."""
-        self._sampler.after_trial(self._shown(study), trial, state, values)
+        self._sampler.after_trial(self._shown(study, trial), trial, state, values)

@@ -17,7 +17,7 @@ import numpy as np
 from jobs.errors import OutOfMemory, SteersweepError
 from jobs.resolve import load_job, make_params
 from jobs.spec import ModelRef, Outcome, Requirement, Row, choosing_split
-from orchestrator.pool import Delivery, Finished, Order
+from orchestrator.pool import Delivery, Finished, Order, written
 from storage.artifacts import Artifact, read_artifact, write_artifact
 from storage.durable import StoreError
 from storage.parquet import TableFile, TableStream, to_arrow, write_table
@@ -263,9 +263,10 @@ class _Batch:
         part = Part((*files, *self._streamed), tuple(self._results))
         finished = tuple(self._finished)
         if self._remote is not None:
-            artifacts = (row.artifact for row in finished if row.artifact is not None)
-            for path in (*(file.path for file in part.files), *(artifact.path for artifact in artifacts)):
+            for path in written(part, finished):
                 self._remote.put(self._folder, path)
+            for file in part.files:  # what a worker needs again are artifacts
+                (self._folder / file.path).unlink()
         self._clear()
         return Delivery(
             part,

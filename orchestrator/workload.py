@@ -55,11 +55,10 @@ class _Drawn(NamedTuple):
     trial: int
     share: float
 
-    @property
-    def tokens(self) -> int:
-        """Of one."""
-        params = make_params(self.spec.job, self.spec.params)
-        return load_job(self.spec.job).size(params).tokens
+
+def tokens_of(spec: Spec) -> int:
+    """Tokens of a spec, as its job's `size` says."""
+    return load_job(spec.job).size(make_params(spec.job, spec.params)).tokens
 
 
 def workload(space: Space, config: RunConfig, trials: int) -> Workload:
@@ -90,12 +89,12 @@ def workload(space: Space, config: RunConfig, trials: int) -> Workload:
     packed = {drawn.spec.id for pack in packs for drawn in pack}
     works = {}
     for job in {drawn.spec.job for drawn in found.values()}:
-        own = [drawn for drawn in found.values() if drawn.spec.job == job]
-        first = _all([(drawn, 1.0) for drawn in own if drawn.spec.id not in packed], trial, trials)
+        of_job = [drawn for drawn in found.values() if drawn.spec.job == job]
+        first = _all([(drawn, 1.0) for drawn in of_job if drawn.spec.id not in packed], trial, trials)
         works[job] = Work(
-            specs=_all([(drawn, 1.0) for drawn in own], trial, trials),
+            specs=_all([(drawn, 1.0) for drawn in of_job], trial, trials),
             first=first,
-            tokens=_all([(drawn, drawn.tokens) for drawn in own], trial, trials),
+            tokens=_all([(drawn, tokens_of(drawn.spec)) for drawn in of_job], trial, trials),
             packs=_all([(pack[0], 1.0) for pack in packs if pack[0].spec.job == job], trial, trials)
             + first / _rows_together(job, first, config),
         )
@@ -108,9 +107,10 @@ def _groups(space: Space, config: RunConfig, planner: Planner, trials: int) -> I
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "study"
         sampler = OptunaSampler(space, name=name, seed=config.seed, journal=journal, study="plan")
-        left = min(trials, _MOST_DRAWN)
+        drawn = min(trials, _MOST_DRAWN)
+        left = drawn
         while left:
-            count = min(left, group_size(space, config, unasked=trials))
+            count = min(left, group_size(space, config, unasked=trials - (drawn - left)))
             left -= count
             yield [planner.spec(each.params) for each in sampler.ask_together(count, planner.shared())]
 

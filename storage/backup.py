@@ -45,6 +45,7 @@ class Backup:
     def _copy(self) -> None:
         try:
             self._remote.put_new(self._folder)
+            self._has_warned = False
         except (StoreError, OSError) as error:
             if not self._has_warned:
                 logger.warning("copies of the sweep are behind, its folder has everything: %s", error)

@@ -48,15 +48,6 @@ def publish(path: Path, content: bytes) -> None:
         raise
 
 
-def check_room(folder: Path) -> None:
-    """Raises DiskFull if not even a file of 1 MiB can be written in a folder."""
-    path = folder / ".room"
-    try:
-        publish(path, bytes(2**20))
-    finally:
-        path.unlink(missing_ok=True)
-
-
 class Log:
     """An append-only file of JSON lines, synced at every append."""
 

@@ -3,7 +3,7 @@
 Results are not here: a result exists once a manifest entry lists its files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,10 @@ class Ledger:
         self._log.append({"event": "limited", "job": job, "model": model, "most": most})
 
     def changes_accepted(self, changes: str, trials: Iterable[Asked]) -> None:
-        """Record at once what has changed, in words, and what trials that have not ended mean now."""
-        self._log.append({"event": "changes accepted", "changes": changes}, *map(_event, trials))
+        """Record, whole or not at all, what has changed, in words, and what trials mean from now on."""
+        self._log.append(
+            {"event": "changes accepted", "changes": changes, "trials": [_event(asked) for asked in trials]}
+        )
 
 
 def ledger_path(folder: Path) -> Path:
@@ -72,18 +74,22 @@ def read_asked(folder: Path) -> list[Asked]:
     Raises:
         StoreError: If the ledger is not what was written.
     """
-    return list({event["trial"]: _asked(event) for event in _events(folder, "asked")}.values())
+    return list({asked.trial: asked for asked in _recorded(folder)}.values())
 
 
 def read_comparable(folder: Path) -> list[Asked]:
     """Proposals since changes were last accepted, which were recorded as meant. Raises as `read_asked`."""
-    found: list[Asked] = []
+    found: dict[int, Asked] = {}
     for event in _events(folder, "asked", "changes accepted"):
-        if event["event"] == "asked":
-            found.append(_asked(event))
-        else:
+        if event["event"] == "changes accepted":
             found.clear()
-    return found
+        found |= {asked.trial: asked for asked in map(_asked, event.get("trials", (event,)))}
+    return list(found.values())
+
+
+def _recorded(folder: Path) -> Iterator[Asked]:
+    for event in _events(folder, "asked", "changes accepted"):
+        yield from map(_asked, event.get("trials", (event,)))
 
 
 def _event(asked: Asked) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows to and from Parquet files. The only importer of pyarrow."""
+"""Rows to and from Parquet files."""
 
 import hashlib
 import math

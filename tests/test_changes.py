@@ -11,7 +11,7 @@ from orchestrator.changes import accept_changes
 from orchestrator.config import RunConfig
 from orchestrator.folder import check_free, claimed
 from orchestrator.planning import Planner, check_unchanged
-from orchestrator.reopening import load_kept, open_sampler
+from orchestrator.reopening import load_kept, open_sampler, withdraw_failed
 from orchestrator.space_file import SpaceFile, load_space
 from orchestrator.sweep import Sweep
 from storage.donors import Donors
@@ -163,4 +163,34 @@ def test_the_ledger_reads_as_the_changes_left_it(folder: Path, tmp_path: Path) -
         assert asked.params == before[trial].params
         assert (asked.spec == before[trial].spec) == (trial in ended)
     assert {asked.trial for asked in read_comparable(folder)} == before.keys() - ended
-    assert json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])["event"] == "asked"
+    last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], len(last["trials"])) == ("changes accepted", len(before) - len(ended))
+
+
+def test_a_trial_that_failed_before_runs_again_as_it_is_meant_now(tmp_path: Path) -> None:
+    failing = space_file(tmp_path, '"y": 1.0', '"y": 1.0, "mode": "fail"')
+    with pytest.raises(Stopped):
+        drive(tmp_path / "sweep", failing, stop_at=12)
+    failed = len(trials_of(tmp_path / "sweep"))
+    assert failed > 0
+    mended = space_file(tmp_path)
+    accept_changes(tmp_path / "sweep", mended, CONFIG)
+    withdraw_failed(tmp_path / "sweep", mended.space, CONFIG, None)
+    drive(tmp_path / "sweep", mended)
+    rows = trials_of(tmp_path / "sweep")
+    assert {row["state"] for row in rows} == {"completed"}
+    assert [row["spec"] for row in rows] == [
+        Planner(mended.space, CONFIG).spec({"x": row["x"]}).id for row in rows
+    ]
+
+
+def test_fewer_trials_than_were_asked_for_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = RunConfig(**CONFIG.model_dump() | {"trials": 2})
+    with pytest.raises(SpecError, match="were asked for already"):
+        accept_changes(folder, space_file(tmp_path), config)
+
+
+def test_without_a_change_nothing_is_accepted(folder: Path, tmp_path: Path) -> None:
+    before = (folder / "ledger.jsonl").read_bytes()
+    accept_changes(folder, space_file(tmp_path), CONFIG)
+    assert (folder / "ledger.jsonl").read_bytes() == before

@@ -30,7 +30,9 @@ CONFIG = RunConfig(model="no-model", workers=2, max_pack=4)
 SPACES: dict[str, tuple[Space, int]] = {
     "grid": (make_space(), 12),
     "packs": (
-        make_space({"group": Grid(["a", "b", "c"]), "x": Int(low=1, high=10**6)}, sampler="random"),
+        make_space(
+            {"group": Grid(["a", "b", "c"]), "x": Int(low=1, high=10**6)}, sampler="random", trials=60
+        ),
         60,
     ),
     "duplicates": (make_space({"x": Int(low=1, high=3)}, sampler="random", trials=20), 20),

@@ -15,6 +15,7 @@ from jobs.errors import SpecError
 from orchestrator.config import make_config
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Space
+from storage.durable import StoreError
 from storage.query import open_sweep
 from tests.command import refused, results, run_arguments, steersweep
 from tests.fakes import Stopped
@@ -88,17 +89,38 @@ def test_a_sweep_with_its_study_there_is_the_same_sweep_also_after_stops(
 def test_a_study_that_was_cut_short_while_it_was_written_anew_is_written_again(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def told() -> list[Any]:
+        trials = optuna.load_study(study_name="study", storage=database).trials
+        return [(trial.params, trial.values, trial.state) for trial in trials]
+
     space, trials, _, _ = SCENARIOS[NAME]
     in_database(monkeypatch, database)
     drive(tmp_path, space, trials=trials)
-    before = optuna.load_study(study_name="study", storage=database).trials
-    sampler = open_sampler(tmp_path, space, database)
-    sampler.forget()
+    before = told()
+    open_sampler(tmp_path, space, database).forget()
+    real = optuna.Study.add_trial
+    calls = iter(range(100))
+
+    def cut_short(self: optuna.Study, trial: Any) -> None:
+        if next(calls) == 4:
+            raise Stopped
+        real(self, trial)
+
+    monkeypatch.setattr(optuna.Study, "add_trial", cut_short)
+    with pytest.raises(Stopped):
+        drive(tmp_path, space, trials=trials)
+    monkeypatch.setattr(optuna.Study, "add_trial", real)
+    assert len(told()) == 4
     drive(tmp_path, space, trials=trials)
-    after = optuna.load_study(study_name="study", storage=database).trials
-    assert [(trial.params, trial.values, trial.state) for trial in after] == [
-        (trial.params, trial.values, trial.state) for trial in before
-    ]
+    assert told() == before
+
+
+def test_a_server_that_goes_away_is_one_line(tmp_path: Path) -> None:
+    with postgresql() as address:
+        sampler = open_sampler(tmp_path, SCENARIOS[NAME].space, f"{address}/postgres")
+        sampler.ask()
+    with pytest.raises(StoreError, match="the study cannot be kept"):
+        sampler.ask()
 
 
 def test_two_sweeps_share_a_database(tmp_path: Path, database: str) -> None:

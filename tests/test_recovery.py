@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def drive(
                 mirror.sync()
                 mirror.finish()
     return Counter({state: n for state, n in open_sweep(folder).counts().items() if n})
+
+
+def withdraw(folder: Path, trials: Sequence[int] | None) -> None:
+    file, config = load_kept(folder)
+    withdraw_failed(folder, file.space, config, trials)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +220,7 @@ class TestRetry:
     def test_what_has_failed_runs_again_and_everyone_hears_of_it(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        withdraw_failed(folder, None)
+        withdraw(folder, None)
         assert open_sweep(folder).counts() == {
             **dict.fromkeys(("running", "infeasible", "failed"), 0),
             "waiting": 4,
@@ -236,13 +241,13 @@ class TestRetry:
         assert examine(folder, repair=False) == {"consistent": True, "findings": []}
 
     def test_what_fails_again_has_failed(self, folder: Path) -> None:
-        withdraw_failed(folder, None)
+        withdraw(folder, None)
         assert drive(folder) == {"completed": 4, "failed": 4}
         assert len(open_sweep(folder).rows("SELECT * FROM trials")) == TRIALS
         assert examine(folder, repair=False)["consistent"]
 
     def test_one_trial_runs_again_and_the_others_do_not(self, folder: Path) -> None:
-        withdraw_failed(folder, [3])
+        withdraw(folder, [3])
         assert open_sweep(folder).counts()["waiting"] == 1
         assert drive(folder) == {"completed": 4, "failed": 4}
         assert len(fake_job.RAN) == 1
@@ -253,12 +258,12 @@ class TestRetry:
         with monkeypatch.context() as broken:
             broken.setattr(fake_source, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
             assert drive(tmp_path / "sweep", is_mirrored=False) == {"failed": TRIALS}
-        withdraw_failed(tmp_path / "sweep", None)
+        withdraw(tmp_path / "sweep", None)
         assert drive(tmp_path / "sweep", is_mirrored=False) == {"completed": 4, "failed": 4}
 
     @pytest.mark.parametrize("stop_at", range(2, 8, 2))
     def test_a_driver_that_is_stopped_while_it_tries_again_goes_on(self, folder: Path, stop_at: int) -> None:
-        withdraw_failed(folder, None)
+        withdraw(folder, None)
         try:
             drive(folder, stop_at=stop_at)
         except Stopped:
@@ -267,7 +272,7 @@ class TestRetry:
 
     def test_a_trial_that_has_not_failed_is_refused(self, folder: Path) -> None:
         with pytest.raises(SpecError, match=r"trials \[2, 99\] have not failed"):
-            withdraw_failed(folder, [2, 3, 99])
+            withdraw(folder, [2, 3, 99])
         assert open_sweep(folder).counts()["failed"] == 4
 
 
@@ -305,7 +310,7 @@ class TestLogs:
     def test_every_try_at_a_trial_is_there_with_its_reason(self, folder: Path) -> None:
         [attempt] = attempts_of(folder, "1", lines=5)
         assert (attempt["state"], attempt["reason"], attempt["lines"]) == ("failed", "told to fail", [])
-        withdraw_failed(folder, [1])
+        withdraw(folder, [1])
         drive(folder)
         assert len(attempts_of(folder, "1", lines=5)) == 2
 

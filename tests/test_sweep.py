@@ -721,8 +721,8 @@ def test_a_sweep_waits_for_room_on_a_full_disk_and_says_so(
         monkeypatch.setattr(os, "fsync", refuse)
         drive(folder, space, trials=trials)
         monkeypatch.setattr(os, "fsync", lambda file: None)
-        assert waits
-        assert sum("paused: cannot write" in line for line in shown) == len(waits)
+        pauses = sum(seconds > 0 for seconds in waits)  # a row of the job sleeps too, for no time
+        assert sum("paused: cannot write" in line for line in shown) == pauses > 0
         assert "paused" not in shown[-1]
         check_ended(folder, space, trials=trials)
         assert outcome_of(folder) == undisturbed(name)

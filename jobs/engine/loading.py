@@ -96,14 +96,14 @@ def weight_bytes(ref: ModelRef) -> int:
     with _explained(ref, "configuration", "meta"), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **hub)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=hub["trust_remote_code"])
+    count: int = sum(weight.numel() for weight in model.parameters())
     if ref.dtype in _FLOATS:
-        return sum(weight.numel() for weight in model.parameters()) * _FLOATS[ref.dtype].itemsize
+        return count * _FLOATS[ref.dtype].itemsize
     # bitsandbytes packs the matrices of blocks; the rest stays bfloat16.
     head = model.get_output_embeddings()
     packed = [each.weight for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
     elements = sum(weight.numel() for weight in packed)
-    rest = sum(weight.numel() for weight in model.parameters()) - elements
-    return int(elements * _QUANTISED[ref.dtype]) + rest * torch.bfloat16.itemsize
+    return int(elements * _QUANTISED[ref.dtype]) + (count - elements) * torch.bfloat16.itemsize
 
 
 def _type_options(dtype: str) -> dict[str, Any]:
