@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jobs import catalog
 from jobs.errors import SpecError
@@ -163,6 +163,15 @@ class RunConfig(BaseModel):
             tuned=self.tuned,
         )
 
+    @model_validator(mode="after")
+    def _two_databases(self) -> "RunConfig":
+        if self.storage is not None and self.storage == self.mlflow:
+            raise ValueError(
+                "Optuna and MLflow each keep the version of their tables under the same name; give `storage` "
+                "and `mlflow` a database each, which may be on one server"
+            )
+        return self
+
     @property
     def memory(self) -> int | None:
         """`memory_gib` in bytes."""
@@ -200,7 +209,7 @@ def make_config(**values: Any) -> RunConfig:
             known = sorted(RunConfig.model_fields)
             raise SpecError(f"--set {name}: no such field; it takes {known} or {SPACE_PREFIX}NAME") from error
         if first["type"] == "value_error":
-            raise SpecError(f"{name}: {first['ctx']['error']}") from error
+            raise SpecError(f"{name or 'storage'}: {first['ctx']['error']}") from error
         raise SpecError(f"{name}={first['input']!r}: {first['msg'].lower()}") from error
 
 

@@ -290,7 +290,7 @@ def _open_database(url: str) -> BaseStorage:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise SpecError(
-            "storage needs the package psycopg2; install the extra `postgres` (pip install '.[postgres]')"
+            "storage needs the package psycopg; install the extra `postgres` (pip install '.[postgres]')"
         ) from error
     except Exception as error:  # whatever SQLAlchemy and the driver make of a wrong address
         why = first_line(error.__cause__ or error)

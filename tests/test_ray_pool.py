@@ -136,10 +136,10 @@ def test_a_node_that_goes_away_is_nobodys_fault_and_its_worker_moves(tmp_path: P
 
 @pytest.mark.usefixtures("local")
 def test_no_more_workers_load_at_a_time_than_may(tmp_path: Path, model: str) -> None:
-    pool = pool_of(tmp_path, model, workers=3, loads_at_once=1)
+    pool = pool_of(tmp_path, model, workers=2, loads_at_once=1)
     try:
         ready = 0
-        while ready < 3:
+        while ready < 2:
             ready += sum(event.kind == "ready" for event in pool.events(0.5))
             states = [member.is_loaded for member in pool._members.values()]
             assert states.count(False) <= 1
