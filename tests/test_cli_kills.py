@@ -47,7 +47,7 @@ def test_a_driver_killed_at_any_moment_goes_on_to_the_same_tables(
     [
         (signal.SIGINT, os.kill),
         pytest.param(signal.SIGTERM, os.kill, marks=pytest.mark.chaos),
-        (signal.SIGTERM, os.killpg),
+        pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.chaos),
     ],
     ids=["ctrl-c", "terminate", "terminate-group"],
 )

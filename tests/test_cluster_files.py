@@ -76,6 +76,7 @@ def renamed(name: str) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.chaos
 def test_a_slurm_job_drains_before_its_limit_and_goes_on_elsewhere(
     place: Path, finished: dict[str, Any], slurm: dict[str, str]
 ) -> None:
