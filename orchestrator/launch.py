@@ -20,6 +20,7 @@ from orchestrator.ray_cluster import connected
 from orchestrator.ray_pool import RayPool
 from orchestrator.reopening import open_sampler
 from orchestrator.report import write_report
+from orchestrator.sampler import open_database
 from orchestrator.space_file import SpaceFile, check_space
 from orchestrator.sweep import Sweep
 from search_spaces.base import Space
@@ -70,6 +71,8 @@ def run_sweep(
     is_over = _is_over(folder, trials)
     donors = Donors(() if is_over else reuse)
     if not is_over:
+        if config.storage is not None:
+            open_database(config.storage)  # before the folder is made
         check_unchanged(Planner(file.space, config), read_comparable(folder))
     stopped = ""
     with ExitStack() as stack:

@@ -98,7 +98,7 @@ class OptunaSampler:
         self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
         self._path = journal
         self._study_name = study
-        self._database = None if storage is None else _open_database(storage)
+        self._database = None if storage is None else open_database(storage)
         self._open()
 
     @_storing
@@ -285,7 +285,8 @@ def _in_file(journal: Journal | None) -> BaseStorage:
     return JournalStorage(cast(BaseJournalBackend, journal))
 
 
-def _open_database(url: str) -> BaseStorage:
+def open_database(url: str) -> BaseStorage:
+    """Optuna's storage in a PostgreSQL database. Raises SpecError if that cannot be used."""
     try:
         return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:

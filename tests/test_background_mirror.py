@@ -117,7 +117,7 @@ def test_an_unreachable_server_is_one_warning_without_the_password(
 
 @pytest.mark.parametrize(
     "uri",
-    ["http://reader:s3/c@ret@[::1", "ftp://reader:s3cret@host", "postgresql://reader:s3cret@127.0.0.1:1/x"],
+    ["http://reader:s3/c@ret@[::1", "ftp://reader:s3cret@host", "mysql://reader:s3cret@127.0.0.1:1/x"],
 )
 def test_an_address_that_mlflow_refuses_is_told_without_its_password(
     folder: Path, caplog: pytest.LogCaptureFixture, uri: str

@@ -194,9 +194,10 @@ class TestDevices:
         Worker(tmp_path, ModelRef(id="x"), device="cpu", token_budget=7, memory=2**20)
         monkeypatch.setattr(ray_pool, "_write_output_to", lambda path: None)
         for gpus in (0, 0.5, 1, 2):
-            WorkerActor(
+            actor = WorkerActor(
                 str(tmp_path), ModelRef(id="x"), name="0", cpus=1, gpus=gpus, token_budget=7, memory=None
             )
+            actor.load()
         assert asked[0] == {"device": "cpu", "token_budget": 7, "memory": 2**20}
         assert [options["device"] for options in asked[1:]] == ["cpu", "cuda", "cuda", "auto"]
         assert {options["memory"] for options in asked[1:]} == {None}

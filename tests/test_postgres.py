@@ -176,5 +176,6 @@ def test_the_command_keeps_study_and_mlflow_on_one_server(
     assert json.loads(doctor.stdout)["consistent"], doctor.stdout
     assert b"sesame" not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert "cannot be used" in refused(
-        *run_arguments(place, "nowhere"), "--storage", f"postgresql://me@127.0.0.1:{free_port()}/x"
+        *run_arguments(place, "unstored"), "--storage", f"postgresql://me@127.0.0.1:{free_port()}/x"
     )
+    assert not (place / "unstored").exists()
