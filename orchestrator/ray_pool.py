@@ -6,6 +6,7 @@ Ray restarts and retries nothing: the driver owns both, so that no pack runs twi
 import logging
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
 from orchestrator.ray_cluster import draining_nodes, has_died
-from orchestrator.worker import Worker, device_of
+from orchestrator.worker import Worker, attempt_line, device_of
 from orchestrator.worker_logs import worker_log
 from storage.durable import DiskFull
 from storage.remote import Remote
@@ -79,6 +80,7 @@ class WorkerActor:
 
     def run(self, order: Order) -> Iterator[Delivery]:
         """Deliveries of an order, each as soon as it is written."""
+        print(attempt_line(order.attempt), file=sys.stderr, flush=True)  # noqa: T201 - parts the worker's log
         yield from self._worker.run(order)
 
 

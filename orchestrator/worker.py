@@ -95,7 +95,6 @@ class Worker:
             StoreError: If the folder cannot be written or an artifact is not what was stored.
         """
         started = time.time()
-        print(attempt_line(order.attempt), file=sys.stderr, flush=True)  # noqa: T201 - parts the worker's log
         batch = _Batch(self._folder, started, self._remote)
         try:
             rows = [Row(make_params(order.job, row.params), row.seed) for row in order.rows]
