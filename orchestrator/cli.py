@@ -78,8 +78,11 @@ def run(
 ) -> None:
     """Run a sweep, or go on with one."""
     options = {
-        **{"trials": trials, "workers": workers, "seed": seed},
-        **{"budget_hours": budget_hours, "storage": storage},
+        "trials": trials,
+        "workers": workers,
+        "seed": seed,
+        "budget_hours": budget_hours,
+        "storage": storage,
     }
     file, config = _load(space, options, settings)
     if accepts_changes:

@@ -57,6 +57,16 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
         ray.shutdown()
 
 
+def placement(config: RunConfig, **labels: str) -> dict[str, Any]:
+    """What Ray has to find on a machine for a worker, and further labels that it has to have."""
+    return {
+        "num_cpus": config.cpus_per_worker,
+        "num_gpus": config.gpus_per_worker,
+        "resources": config.resources or None,
+        "label_selector": {**config.labels, **labels} or None,
+    }
+
+
 def on_a_machine(config: RunConfig, act: Callable[[], Found]) -> Found:
     """What a function gives on a machine of the cluster that could hold a worker.
 
@@ -67,13 +77,7 @@ def on_a_machine(config: RunConfig, act: Callable[[], Found]) -> Found:
     Raises:
         SteersweepError: If the function raises one, or there is no such machine for `wait_seconds`.
     """
-    options: dict[str, Any] = {
-        "num_cpus": config.cpus_per_worker,
-        "num_gpus": config.gpus_per_worker,
-        "resources": config.resources or None,
-        "label_selector": config.labels or None,
-        "max_retries": 0,
-    }
+    options = {**placement(config), "max_retries": 0}
     try:
         ray.get(ray.remote(lambda: None).options(**options).remote(), timeout=config.wait_seconds)
         found: Found = ray.get(ray.remote(act).options(**options).remote())

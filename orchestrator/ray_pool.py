@@ -21,7 +21,7 @@ from jobs.errors import ModelError, SpecError, SteersweepError
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.pool import Delivery, Event, Order
-from orchestrator.ray_cluster import draining_nodes, has_died
+from orchestrator.ray_cluster import draining_nodes, has_died, placement
 from orchestrator.worker import Worker, attempt_line, device_of
 from orchestrator.worker_logs import worker_log
 from storage.durable import DiskFull
@@ -175,14 +175,7 @@ class RayPool:
     def _spawn(self) -> None:
         config = self._config
         avoided = {_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
-        actor_type = _ACTOR.options(
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
-            resources=config.resources or None,
-            label_selector={**config.labels, **avoided} or None,
-            max_restarts=0,
-            max_task_retries=0,
-        )
+        actor_type = _ACTOR.options(**placement(config, **avoided), max_restarts=0, max_task_retries=0)
         name = f"worker-{next(self._numbers)}"
         actor = actor_type.remote(
             str(self._folder),
