@@ -18,7 +18,7 @@ class Params:
         c: Third.
         d: Fourth.
         e: Fifth.
-        seconds: How long a row does nothing.
+        pause: How long a row does nothing, s.
     """
 
     a: float
@@ -26,7 +26,7 @@ class Params:
     c: float
     d: float
     e: float
-    seconds: float = 0.0
+    pause: float = 0.0
 
 
 METRICS = {"up": Metric("1", "a + b + c"), "down": Metric("1", "d - e")}
@@ -62,5 +62,5 @@ def values(params: Any) -> dict[str, float]:
 def run(replica: Any, rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:
     """One outcome a row."""
     for index, row in enumerate(rows):
-        time.sleep(row.params.seconds)
+        time.sleep(row.params.pause)
         yield index, Outcome(metrics={"select": values(row.params)})

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="keep actors from trial to trial")
     options = parser.parse_args()
     os.environ["RAY_TRAIN_ENABLE_V2"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     watch = Stopwatch()
     search = OptunaSearch(
         metric=["up", "down"],

@@ -30,7 +30,7 @@ class Simulated(NamedTuple):
         workers: How many.
         trials: How many.
         deaths: Workers that died.
-        utilisation: Share of the workers' time until the queue was empty that they were busy or restarting.
+        utilisation: Share of the workers' time until the queue was empty that they had a pack.
         decisions: Proposals taken in, packs given out, results and deaths.
         decisions_per_second: Over the whole simulation, its own bookkeeping included.
         microseconds_per_decision: In each tenth of the simulation.
@@ -83,7 +83,7 @@ class Simulation:
         self._chance = random.Random(seed)
         self._proposals = Proposals(seed)
         self._scheduler = Scheduler(max_attempts=_MAX_ATTEMPTS)
-        self._idle = workers
+        self._idle, self._restarting = workers, 0
         self._events: list[_Event] = []
         self._clock = self._idle_seconds = 0.0
         self._asked = self._settled = self._deaths = self._decisions = self._numbers = 0
@@ -142,14 +142,16 @@ class Simulation:
     def _advance(self) -> None:
         """Let the next thing happen."""
         event = heapq.heappop(self._events)
-        self._idle_seconds += self._idle * (event.at - self._clock)
+        self._idle_seconds += (self._idle + self._restarting) * (event.at - self._clock)
         self._clock = event.at
         if event.pack is None:
+            self._restarting -= 1
             self._idle += 1
         elif event.dies:
             assert self._scheduler.lost(event.pack), "a trial was given up"
             self._deaths += 1
             self._decisions += 1
+            self._restarting += 1
             self._push(_RESTART_SECONDS)
         else:
             for task in event.pack.tasks:

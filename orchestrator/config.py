@@ -167,8 +167,8 @@ class RunConfig(BaseModel):
     def _two_databases(self) -> "RunConfig":
         if self.storage is not None and self.storage == self.mlflow:
             raise ValueError(
-                "Optuna and MLflow each keep the version of their tables under the same name; give `storage` "
-                "and `mlflow` a database each, which may be on one server"
+                "storage and mlflow: Optuna and MLflow each keep the version of their tables under the same "
+                "name; give them a database each, which may be on one server"
             )
         return self
 
@@ -209,7 +209,7 @@ def make_config(**values: Any) -> RunConfig:
             known = sorted(RunConfig.model_fields)
             raise SpecError(f"--set {name}: no such field; it takes {known} or {SPACE_PREFIX}NAME") from error
         if first["type"] == "value_error":
-            raise SpecError(f"{name or 'storage'}: {first['ctx']['error']}") from error
+            raise SpecError(": ".join(filter(None, (name, str(first["ctx"]["error"]))))) from error
         raise SpecError(f"{name}={first['input']!r}: {first['msg'].lower()}") from error
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from orchestrator.results import Results
 from orchestrator.scheduler import Kind, Scheduler, Task
 from search_spaces.base import Space
 from storage.artifacts import Artifact
-from storage.donors import Donors
 from storage.ledger import Asked
 from storage.store import Part, StoredResult
 
@@ -50,7 +49,7 @@ class Intake:
         planner: What its parameters mean.
         scheduler: Who is given the tasks.
         results: What is there already.
-        donors: Other sweeps whose artifacts may be taken.
+        take_over: Takes a spec's artifact from another sweep, and says whether one has it.
         workers: Among how many prerequisites are shared out.
         max_pack: Most tasks of a pack.
 
@@ -64,7 +63,7 @@ class Intake:
         planner: Planner,
         scheduler: Scheduler,
         results: Results,
-        donors: Donors,
+        take_over: Callable[[Spec], bool],
         *,
         workers: int,
         max_pack: int,
@@ -73,7 +72,7 @@ class Intake:
         self._planner = planner
         self._scheduler = scheduler
         self._results = results
-        self._donors = donors
+        self._take_over = take_over
         self._workers = workers
         self._max_pack = max_pack
         self._groups: dict[str, list[_Group]] = {}
@@ -131,7 +130,7 @@ class Intake:
                 continue
             # Of its own job a sweep needs metrics and texts too, which an artifact does not hold.
             is_own = need.job == spec.job
-            if is_own or not self._results.take_over(need, self._donors):
+            if is_own or not self._take_over(need):
                 first.append(self._plan(need, first, is_trial=False))
         self.planned[spec.id] = Planned(spec, needs)
         # What is computed again because its artifact was lost has a result: its other tables are not kept.

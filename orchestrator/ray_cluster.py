@@ -67,6 +67,30 @@ def placement(config: RunConfig, **labels: str) -> dict[str, Any]:
     }
 
 
+def check_fits(config: RunConfig) -> None:
+    """Refuse workers that no machine of the cluster could hold, be it busy or not.
+
+    Raises:
+        SteersweepError: If there is none, with what is missing.
+    """
+    asked = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
+    wanted = {name: amount for name, amount in asked.items() if amount}
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if any(
+        all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
+        and config.labels.items() <= node.get("Labels", {}).items()
+        for node in nodes
+    ):
+        return
+    most = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in wanted}
+    labels = f" and the labels {config.labels}" if config.labels else ""
+    raise SteersweepError(
+        f"no worker could start for {config.wait_seconds:g} s: each asks for {wanted}{labels}, and the "
+        f"{len(nodes)} machines of the cluster have {most} at most; add one, or give smaller workers or "
+        "more wait_seconds, then `steersweep resume`"
+    )
+
+
 def on_a_machine(config: RunConfig, act: Callable[[], Found]) -> Found:
     """What a function gives on a machine of the cluster that could hold a worker.
 

@@ -4,12 +4,7 @@ Ray restarts and retries nothing: the driver owns both, so that no pack runs twi
 """
 
 import logging
-import os
-import socket
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,94 +12,20 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from jobs.errors import ModelError, SpecError, SteersweepError
+from jobs.errors import ModelError, SteersweepError
 from jobs.spec import ModelRef
+from orchestrator.breaker import Breaker
 from orchestrator.config import RunConfig
-from orchestrator.pool import Delivery, Event, Order
-from orchestrator.ray_cluster import draining_nodes, has_died, placement
-from orchestrator.worker import Worker, attempt_line, device_of
-from orchestrator.worker_logs import worker_log
+from orchestrator.pool import Event, Order
+from orchestrator.ray_cluster import check_fits, draining_nodes, has_died, placement
+from orchestrator.ray_worker import RAY_WORKER
 from storage.durable import DiskFull
-from storage.remote import Remote
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 2.0
-_DEATHS_IN_A_ROW = 20
-_DEATHS_OF_A_NODE = 5
 _NODE_DIED = "node has died"
 _NODE_LABEL = "ray.io/node-id"
-
-
-class WorkerActor:
-    """A `Worker` inside a Ray actor."""
-
-    def __init__(
-        self,
-        folder: str,
-        model: ModelRef | None,
-        *,
-        name: str,
-        cpus: int,
-        gpus: float,
-        token_budget: int,
-        memory: int | None,
-        results: str | None = None,
-    ) -> None:
-        _check_folder(Path(folder), results)
-        _write_output_to(worker_log(Path(folder), name))
-        logging.basicConfig(level=logging.WARNING)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import torch
-
-        torch.set_num_threads(cpus)
-        self._model = model
-        self._worker = Worker(
-            Path(folder),
-            None,
-            device=device_of(gpus),
-            token_budget=token_budget,
-            memory=memory,
-            remote=None if results is None else Remote(results),
-        )
-
-    @ray.method(concurrency_group="control")
-    def alive(self) -> str:
-        """Id of its node, whenever it is asked."""
-        return ray.get_runtime_context().get_node_id()
-
-    def load(self) -> None:
-        """Load the replica, unless that is left to the orders."""
-        if self._model is not None:
-            self._worker.hold(self._model)
-
-    def run(self, order: Order) -> Iterator[Delivery]:
-        """Deliveries of an order, each as soon as it is written."""
-        print(attempt_line(order.attempt), file=sys.stderr, flush=True)  # noqa: T201 - parts the worker's log
-        yield from self._worker.run(order)
-
-
-def _check_folder(folder: Path, results: str | None) -> None:
-    if results is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not folder.is_dir():
-        raise SpecError(
-            f"the machine {socket.gethostname()} has no {folder}: give an --out on a file system that all "
-            "machines share, or --set results=s3://bucket/sweeps"
-        )
-
-
-def _write_output_to(path: Path) -> None:
-    """Send what this process says to a file, also what libraries in other languages say."""
-    path.parent.mkdir(exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-
-
-_remote: Any = ray.remote  # its types do not know of concurrency groups
-_ACTOR = _remote(concurrency_groups={"control": 1})(WorkerActor)
 
 
 @dataclass(slots=True)
@@ -159,9 +80,7 @@ class RayPool:
         self._remote_uri = remote_uri
         self._members: dict[str, _Member] = {}
         self._awaited: dict[Any, _Awaited] = {}
-        self._deaths = 0
-        self._node_deaths: Counter[str] = Counter()
-        self._avoided: set[str] = set()
+        self._breaker = Breaker()
         self._numbers = iter(range(10**9))
         self._is_draining = False
         self._began = self._watched = time.monotonic()
@@ -174,8 +93,9 @@ class RayPool:
 
     def _spawn(self) -> None:
         config = self._config
-        avoided = {_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"} if self._avoided else {}
-        actor_type = _ACTOR.options(**placement(config, **avoided), max_restarts=0, max_task_retries=0)
+        nodes = ",".join(sorted(self._breaker.avoided))
+        avoided = {_NODE_LABEL: f"!in({nodes})"} if nodes else {}
+        actor_type = RAY_WORKER.options(**placement(config, **avoided), max_restarts=0, max_task_retries=0)
         name = f"worker-{next(self._numbers)}"
         actor = actor_type.remote(
             str(self._folder),
@@ -306,8 +226,7 @@ class RayPool:
             return [Event(worker, "done"), *self._leave(worker)]
         self._awaited[stream] = _Awaited(worker, "order")
         member.busy = time.monotonic()
-        self._deaths = 0
-        self._node_deaths.pop(str(member.node), None)
+        self._breaker.delivered(str(member.node))
         if delivery.is_worn:
             member.leaves = "its memory is in too many pieces"
         return [Event(worker, "delivery", delivery)]
@@ -359,64 +278,28 @@ class RayPool:
     def _lost(self, worker: str, reason: str, *, is_fault: bool = True) -> Event:
         member = self._members.pop(worker)
         if is_fault:
-            self._count_death(member.node, reason)
+            self._breaker.died(member.node, reason, others={other.node for other in self._members.values()})
         return Event(worker, "lost", reason=reason, is_fault=is_fault)
 
-    def _count_death(self, node: str | None, reason: str) -> None:
-        self._deaths += 1
-        if self._deaths > _DEATHS_IN_A_ROW:
-            raise SteersweepError(
-                f"{self._deaths} workers died and none gave a delivery in between; the last one said: "
-                f"{reason.splitlines()[-1]}; mend that, then `steersweep resume`"
-            )
-        if node is None:
-            return
-        self._node_deaths[node] += 1
-        others = {member.node for member in self._members.values()} - {None, node, *self._avoided}
-        if self._node_deaths[node] >= _DEATHS_OF_A_NODE and others:
-            self._avoided.add(node)
-            logger.warning(
-                "%d workers in a row died on the node %s: no more are started there; the last said: %s",
-                *(self._node_deaths[node], node, reason.splitlines()[-1]),
-            )
-
     def _check_machines(self, now: float) -> None:
-        """Say what is missing if no worker could start for a long time.
+        """See to it that workers find machines.
 
         Raises:
-            SteersweepError: If no machine of the cluster could hold a worker.
+            SteersweepError: If none has had one for a long time, and no machine could hold one.
         """
-        config = self._config
-        if now - self._began < config.wait_seconds or any(member.node for member in self._members.values()):
-            self._began = now if any(member.node for member in self._members.values()) else self._began
+        if any(member.node for member in self._members.values()):
+            self._began = now
+        if now - self._began < self._config.wait_seconds:
             return
-        wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
-        wanted = {name: amount for name, amount in wanted.items() if amount}
-        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        fitting = [
-            node
-            for node in nodes
-            if all(node["Resources"].get(name, 0) >= amount for name, amount in wanted.items())
-            and config.labels.items() <= node.get("Labels", {}).items()
-        ]
         self._began = now
-        if fitting:
-            logger.warning("no worker could start for %g s: the cluster is busy", config.wait_seconds)
-            if self._avoided:
-                self._forgive()
-            return
-        most = {name: max((node["Resources"].get(name, 0) for node in nodes), default=0) for name in wanted}
-        labels = f" and the labels {config.labels}" if config.labels else ""
-        raise SteersweepError(
-            f"no worker could start for {config.wait_seconds:g} s: each asks for {wanted}{labels}, and the "
-            f"{len(nodes)} machines of the cluster have {most} at most; add one, or give smaller workers or "
-            "more wait_seconds, then `steersweep resume`"
-        )
+        check_fits(self._config)
+        logger.warning("no worker could start for %g s: the cluster is busy", self._config.wait_seconds)
+        if self._breaker.avoided:
+            self._forgive()
 
     def _forgive(self) -> None:
         """Take the nodes again where workers have died: there may be no others left."""
-        self._avoided.clear()
-        self._node_deaths.clear()
+        self._breaker.forgive()
         for worker in list(self._members):
             self._let_go(worker, "it waits for another machine than there is", is_fault=False)
 

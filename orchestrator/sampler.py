@@ -18,8 +18,9 @@ from optuna.trial import Trial, TrialState
 from jobs.errors import SpecError, first_line
 from jobs.spec import Status
 from orchestrator.journal import Journal
+from orchestrator.pack_tpe import propose_pack
 from orchestrator.space_file import grid_cell
-from orchestrator.window import Window, WindowedSampler
+from orchestrator.window import Window, WindowedSampler, shown
 from search_spaces.base import Domain, Float, Grid, Int, Space
 from storage.durable import StoreError
 
@@ -133,9 +134,35 @@ class OptunaSampler:
             count: How many.
             shared: Parameters that the rows of a pack must share.
         """
-        first = self.ask()
-        fixed = {name: first.params[name] for name in shared}
-        return [first, *(self.ask(fixed) for _ in range(count - 1))]
+        found = self._ask_pack(1 if shared else count, {}) or [self.ask()]
+        fixed = {name: found[0].params[name] for name in shared}
+        if len(found) < count:
+            found += self._ask_pack(count - len(found), fixed)
+        return [*found, *(self.ask(fixed) for _ in range(count - len(found)))]
+
+    @_storing
+    def _ask_pack(self, count: int, fixed: Mapping[str, Any]) -> list[Proposal]:
+        """Propose at the price of one what can be had so, with parameters held fixed."""
+        if self._name != "tpe":
+            return []
+        free = {name: domain for name, domain in self._distributions.items() if name not in fixed}
+        seed = _derived_seed(self._seed, self._asked)
+        found = propose_pack(shown(self._study, self._window), free, count, seed)
+        return [self._add(params, fixed) for params in found]
+
+    def _add(self, free: Mapping[str, Any], fixed: Mapping[str, Any]) -> Proposal:
+        """Have a trial in the study as if it had been asked for there."""
+        params = {
+            name: fixed[name] if name in fixed else free[name] if name in free else _only_value(domain)
+            for name, domain in self._distributions.items()
+        }
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=params, distributions=self._distributions
+            )
+        )
+        self._asked += 1
+        return Proposal(self._asked - 1, params, len(self._ended), tuple(fixed))
 
     @_storing
     def adopt(self, known: Sequence[int]) -> list[Proposal]:
@@ -320,6 +347,11 @@ def _distribution(domain: Domain) -> BaseDistribution:
             return IntDistribution(domain.low, domain.high, log=domain.log)
         case Grid():
             return CategoricalDistribution(list(domain.values))
+
+
+def _only_value(domain: BaseDistribution) -> Any:
+    """Of a parameter that cannot vary."""
+    return optuna.distributions._get_single_value(domain)
 
 
 def _free_sampler(name: str, seed: int, window: Window) -> BaseSampler:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig
@@ -26,6 +26,7 @@ from storage.ledger import Asked, Ledger, read_asked, read_limits
 from storage.remote import Remote
 from storage.store import Part, Store, StoredResult
 
+Written = TypeVar("Written")
 _POLL_SECONDS = 0.5
 _FULL_DISK_SECONDS = 5.0
 _ASKED_TO_STOP = "asked to; once more stops at once"
@@ -95,7 +96,7 @@ class Sweep:
             self._planner,
             self._scheduler,
             self._results,
-            donors,
+            lambda spec: self._write(partial(self._results.take_over, spec, donors)),
             workers=config.workers,
             max_pack=config.max_pack,
         )
@@ -132,21 +133,25 @@ class Sweep:
         self._show()
         return self._tally
 
-    def _write(self, act: Callable[[], object]) -> None:
+    def _write(self, act: Callable[[], Written]) -> Written:
         """Bring something to disk; as long as that is full, wait for somebody to make room.
+
+        Args:
+            act: Leaves nothing behind where it fails, and can be done again.
+
+        Returns:
+            What it returns.
 
         Raises:
             StoreError: If the disk refuses for another reason, or somebody asks to stop meanwhile.
         """
         while True:
             try:
-                act()
+                return act()
             except DiskFull as error:
                 if self._is_asked_to_stop():
                     raise
                 self._pause(str(error))
-            else:
-                return
 
     def _pause(self, reason: str) -> None:
         """Wait a little, and say why."""

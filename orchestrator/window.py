@@ -81,6 +81,12 @@ class _Shown(optuna.Study):
         return [trial for trial in self._trials if states is None or trial.state in states]
 
 
+def shown(study: optuna.Study, window: Window) -> optuna.Study:
+    """The study as a sampler is shown it: all of a short one, the window of a long one."""
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    return study if len(trials) < LATEST else _Shown(study, window.of(trials))
+
+
 class WindowedSampler(BaseSampler):
     """A sampler that is shown a window of its study.
 
@@ -99,8 +105,7 @@ class WindowedSampler(BaseSampler):
         if trial.number < LATEST:
             return study
         if self._seen is None or self._seen[0] != trial.number:
-            trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
-            self._seen = trial.number, _Shown(study, self._window.of(trials))
+            self._seen = trial.number, shown(study, self._window)
         return self._seen[1]
 
     def infer_relative_search_space(

@@ -1,10 +1,11 @@
-"""A sweep's own records copied to its remote place in a thread of their own."""
+"""A sweep's own records copied to its remote place in a thread of their own, by one driver at a time."""
 
 import logging
 import threading
 from pathlib import Path
 
 from storage.durable import StoreError
+from storage.lease import Lease
 from storage.remote import Remote
 
 logger = logging.getLogger(__name__)
@@ -16,10 +17,11 @@ class Backup:
     """Copies what is new in a sweep's folder now and then, until it is closed.
 
     Args:
-        folder: The sweep's folder.
+        folder: The sweep's folder, which this process drives.
         remote: Where to.
 
     Raises:
+        SpecError: If another driver copies the sweep there.
         StoreError: If the first copy fails; later failures are one warning.
     """
 
@@ -28,14 +30,16 @@ class Backup:
         self._remote = remote
         self._closing = threading.Event()
         self._has_warned = False
+        self._lease = Lease(folder, remote)
         remote.put_new(folder)
         self._thread = threading.Thread(target=self._work, name="backup", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Copy what is left."""
+        """Copy what is left, and let others drive the sweep."""
         self._closing.set()
         self._thread.join()
+        self._lease.end()
 
     def _work(self) -> None:
         while not self._closing.wait(_SECONDS):
@@ -44,9 +48,17 @@ class Backup:
 
     def _copy(self) -> None:
         try:
-            self._remote.put_new(self._folder)
-            self._has_warned = False
+            if self._lease.renew():
+                self._remote.put_new(self._folder)
+                self._has_warned = False
+            else:
+                self._warn(
+                    "another driver has taken the sweep: stop this one, of which nothing is copied now"
+                )
         except (StoreError, OSError) as error:
-            if not self._has_warned:
-                logger.warning("copies of the sweep are behind, its folder has everything: %s", error)
-            self._has_warned = True
+            self._warn(f"copies of the sweep are behind, its folder has everything: {error}")
+
+    def _warn(self, text: str) -> None:
+        if not self._has_warned:
+            logger.warning(text)
+        self._has_warned = True

@@ -5,6 +5,7 @@ import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
@@ -15,8 +16,17 @@ _OWN = ("lock", "logs/", "mlflow.db", "mlartifacts/")
 """What says something about one machine, or is made anew from the rest."""
 _MANIFESTS = ("manifest", "scores")
 _NEVER_CHANGE = ("artifacts/", "manifest/", "scores/", "tables/")
+DRIVERS = "drivers/"
+"""Under which drivers see each other; see `storage.lease`."""
 _SAME = -1
 """In the place of the time when a file was changed that never is."""
+
+
+class There(NamedTuple):
+    """A file there: its size, and when it was put there, in s since 1970 by the clock over there."""
+
+    bytes: int
+    changed: float
 
 
 class Remote:
@@ -40,13 +50,18 @@ class Remote:
         self._root = root.rstrip("/")
         self._there: dict[str, int] = {}
 
-    def put(self, folder: Path, path: str) -> None:
+    def put(self, folder: Path, path: str, *, to: str | None = None) -> None:
         """Copy a file of a folder there, whole, in the place of an older one.
+
+        Args:
+            folder: The sweep's folder.
+            path: Of the file in it.
+            to: Another path there.
 
         Raises:
             StoreError: If that fails.
         """
-        target = f"{self._root}/{path}"
+        target = f"{self._root}/{to or path}"
         # In a bucket a file is there once it is whole; moving it would copy it again.
         staging = f"{target}.{uuid.uuid4().hex[:8]}" if isinstance(self._files, LocalFileSystem) else target
         try:
@@ -85,6 +100,25 @@ class Remote:
             sink.flush()
             os.fsync(sink.fileno())
 
+    def remove(self, path: str) -> None:
+        """Remove a file there, if there is one. Raises StoreError if that fails."""
+        try:
+            self._files.delete_file(f"{self._root}/{path}")
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(f"cannot remove {self._root}/{path}: {first_line(error)}") from error
+
+    def text(self, path: str) -> str:
+        """What a small file there says; "" if there is none."""
+        try:
+            with self._files.open_input_stream(f"{self._root}/{path}") as source:
+                return str(source.read().decode())
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise StoreError(f"cannot read {self._root}/{path}: {first_line(error)}") from error
+
     def put_new(self, folder: Path) -> None:
         """Copy there what is new or has changed in a sweep's folder.
 
@@ -97,8 +131,8 @@ class Remote:
         if not self._there:
             self._there = {
                 path: _SAME
-                for path, size in self._sizes().items()
-                if path.startswith(_NEVER_CHANGE) and _size(folder / path) == size
+                for path, there in self.files().items()
+                if path.startswith(_NEVER_CHANGE) and _size(folder / path) == there.bytes
             }
         entries = sorted(path for name in _MANIFESTS for path in folder.glob(f"{name}/[0-9]*.json"))
         for path in (*_files_of(folder), *entries):
@@ -115,7 +149,7 @@ class Remote:
             SpecError: If no sweep is there.
             StoreError: If that fails.
         """
-        paths = list(self._sizes())
+        paths = [path for path in self.files() if not path.startswith(DRIVERS)]
         if "sweep.json" not in paths:
             raise SpecError(
                 f"{self._root} holds no sweep; give the place of one, such as s3://bucket/sweeps/NAME"
@@ -124,16 +158,16 @@ class Remote:
             self.fetch(folder, path)
         return len(paths)
 
-    def _sizes(self) -> dict[str, int]:
-        """Files there, with their bytes."""
-        selector = FileSelector(self._root, recursive=True, allow_not_found=True)
+    def files(self, under: str = "") -> dict[str, There]:
+        """Files there, by their paths. Raises StoreError if they cannot be listed."""
+        place = f"{self._root}/{under}".rstrip("/")
         try:
-            found = self._files.get_file_info(selector)
+            found = self._files.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
         except OSError as error:
-            raise StoreError(f"cannot read {self._root}: {first_line(error)}") from error
+            raise StoreError(f"cannot read {place}: {first_line(error)}") from error
         prefix = self._root.lstrip("/") + "/"
         return {
-            info.path.lstrip("/").removeprefix(prefix): info.size
+            info.path.lstrip("/").removeprefix(prefix): There(info.size, (info.mtime_ns or 0) / 1e9)
             for info in found
             if info.type == FileType.File
         }

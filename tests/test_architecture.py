@@ -36,8 +36,8 @@ ALLOWED = {
     ),
 }
 IMPORTERS = {
-    "ray": {"orchestrator.ray_pool", "orchestrator.ray_cluster"},
-    "optuna": {"orchestrator.sampler", "orchestrator.window"},
+    "ray": {"orchestrator.ray_pool", "orchestrator.ray_worker", "orchestrator.ray_cluster"},
+    "optuna": {"orchestrator.sampler", "orchestrator.window", "orchestrator.pack_tpe"},
     "mlflow": {"storage.mlflow_log"},
     "pyarrow": {"storage.parquet", "storage.query", "storage.remote"},
     "duckdb": {"storage.query"},
@@ -94,10 +94,7 @@ def test_torch_is_imported_by_jobs_and_by_the_actor_that_sets_its_threads() -> N
     found = {
         name for name, path in MODULES.items() for imported in imports(path) if is_within(imported, "torch")
     }
-    assert {name for name in found if not is_within(name, "jobs")} <= {
-        "orchestrator.ray_pool",
-        "orchestrator.ray_cluster",
-    }
+    assert {name for name in found if not is_within(name, "jobs")} == {"orchestrator.ray_worker"}
     assert not found & set(LIGHT)
 
 

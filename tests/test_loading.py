@@ -26,9 +26,9 @@ from jobs.engine.tables import Steering, row_tables, steered
 from jobs.errors import ModelError, SpecError
 from jobs.fingerprint import fingerprint
 from jobs.spec import ModelRef
-from orchestrator import ray_pool
+from orchestrator import ray_worker
 from orchestrator.config import make_config
-from orchestrator.ray_pool import WorkerActor
+from orchestrator.ray_worker import WorkerActor
 from orchestrator.worker import Worker
 from tests.models import (
     ARCHITECTURES,
@@ -192,7 +192,7 @@ class TestDevices:
         asked: list[dict[str, Any]] = []
         monkeypatch.setattr(loading, "load_replica", lambda ref, **options: asked.append(options))
         Worker(tmp_path, ModelRef(id="x"), device="cpu", token_budget=7, memory=2**20)
-        monkeypatch.setattr(ray_pool, "_write_output_to", lambda path: None)
+        monkeypatch.setattr(ray_worker, "_write_output_to", lambda path: None)
         for gpus in (0, 0.5, 1, 2):
             actor = WorkerActor(
                 str(tmp_path), ModelRef(id="x"), name="0", cpus=1, gpus=gpus, token_budget=7, memory=None

@@ -148,7 +148,7 @@ def test_an_address_without_a_server_or_without_rights_is_said_in_a_line(
         with pytest.raises(SpecError, match=said) as error:
             make_config(storage=wrong)
         assert "secret" not in str(error.value)
-    with pytest.raises(SpecError, match=r"storage: .* a database each"):
+    with pytest.raises(SpecError, match=r"storage and mlflow: .* a database each"):
         make_config(storage=database, mlflow=database)
 
 

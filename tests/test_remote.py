@@ -237,6 +237,45 @@ def test_a_backup_that_fails_later_is_one_warning(
     assert sum("no way there" in record.message for record in caplog.records) == 1
 
 
+def make_driver(folder: Path) -> Path:
+    drive(folder, SPACE, trials=4)
+    (folder / "lock").write_text(f"ada on {folder.name}, process 7")
+    return folder
+
+
+def test_a_second_driver_of_a_sweep_in_a_bucket_is_refused_with_the_name_of_the_first(
+    tmp_path: Path, uri: str
+) -> None:
+    first = Backup(make_driver(tmp_path / "first"), Remote(uri))
+    second = make_driver(tmp_path / "second")
+    with pytest.raises(SpecError, match=r"being run by ada on first, process 7, which was there \d s ago"):
+        Backup(second, Remote(uri))
+    Backup(tmp_path / "first", Remote(uri)).close()  # who goes on where it was left
+    Backup(second, Remote(uri)).close()
+    first.close()
+    assert Remote(uri).files("drivers") == {}
+
+
+def test_a_driver_that_was_not_heard_of_for_long_is_followed_by_another_and_copies_nothing_more(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Backup(make_driver(tmp_path / "first"), Remote(uri))
+    monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
+    second = Backup(make_driver(tmp_path / "second"), Remote(uri))
+    copied: list[str] = []
+    real = Remote.put_new
+    monkeypatch.setattr(
+        Remote, "put_new", lambda self, folder: (copied.append(folder.name), real(self, folder))
+    )
+    first.close()
+    second.close()
+    assert copied == ["second"]
+    assert sum("another driver has taken the sweep" in record.message for record in caplog.records) == 1
+    assert Remote(uri).files("drivers") == {}
+    Remote(uri).fetch_all(tmp_path / "brought")
+    assert not (tmp_path / "brought" / "drivers").exists()
+
+
 @pytest.mark.ray
 def test_the_command_keeps_a_sweep_in_a_bucket_and_brings_it_back(
     place: Path, finished: dict[str, Any], bucket: str

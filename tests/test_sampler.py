@@ -207,6 +207,41 @@ def test_parameters_that_are_held_fixed_are_held_and_the_others_still_vary(
     assert len(doses) == 26
 
 
+@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("shared", [(), ("layer", "mode")])
+def test_a_pack_is_asked_for_together_with_what_it_shares(
+    tmp_path: Path, name: Sampler, shared: Sequence[str]
+) -> None:
+    sampler = open_sampler(tmp_path, name)
+    number = 0
+    for _ in range(4):
+        pack = sampler.ask_together(8, shared)
+        assert [proposal.trial for proposal in pack] == list(range(number, number + 8))
+        assert len({tuple(proposal.params.items()) for proposal in pack}) == 8
+        assert {proposal.seen for proposal in pack} == {number}
+        number += 8
+        for proposal in pack:
+            assert proposal.params.keys() == PARAMETERS.keys()
+            assert all(proposal.params[key] == pack[0].params[key] for key in shared)
+            assert set(proposal.fixed) == (set(shared) if proposal is not pack[0] else set())
+        for proposal in pack[::-1]:
+            sampler.tell(proposal.trial, Status.COMPLETED, values_of(proposal.params))
+    found = load_study(tmp_path).get_trials(deepcopy=False)
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 32
+    assert list(found[-1].params) == list(PARAMETERS)
+
+
+def test_a_pack_larger_than_a_space_repeats_configurations(tmp_path: Path) -> None:
+    space = make_space({"mode": Grid(["add", "ablate"]), "layer": Grid([3])})
+    sampler = open_sampler(tmp_path, "tpe", space=space)
+    for _ in range(2):
+        pack = sampler.ask_together(12, ())
+        assert {proposal.params["mode"] for proposal in pack} == {"add", "ablate"}
+        assert {proposal.params["layer"] for proposal in pack} == {3}
+        for proposal in pack:
+            sampler.tell(proposal.trial, Status.COMPLETED, [1.0, 2.0])
+
+
 def test_a_proposal_says_how_many_results_were_known(tmp_path: Path) -> None:
     sampler = open_sampler(tmp_path, "random")
     assert sampler.ask().seen == 0

@@ -24,9 +24,10 @@ from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Float, Grid, Int, Objective, Space
+from storage import donors as donors_module
 from storage.artifacts import read_artifact, write_artifact
 from storage.donors import Donors
-from storage.durable import StoreError
+from storage.durable import DiskFull, StoreError
 from storage.ledger import ledger_path, read_asked
 from storage.pareto import pareto
 from storage.query import open_sweep
@@ -600,6 +601,25 @@ class TestReuse:
     def test_a_folder_without_a_sweep_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(SpecError, match="holds no sweep"):
             Donors([tmp_path])
+
+    def test_what_is_taken_waits_for_room_on_a_full_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drive(tmp_path / "donor", self.space(), trials=4)
+        fake_source.RAN.clear()
+        real, waits = donors_module.publish, iter([True, True, False])
+
+        def refuse(path: Path, content: bytes) -> None:
+            if next(waits, False):
+                raise DiskFull(f"cannot write {path}: No space left on device")
+            real(path, content)
+
+        monkeypatch.setattr(donors_module, "publish", refuse)
+        monkeypatch.setattr("orchestrator.sweep._FULL_DISK_SECONDS", 0.0)
+        drive(tmp_path / "sweep", self.space(), trials=4, reuse=[tmp_path / "donor"])
+        assert next(waits, None) is None
+        check_ended(tmp_path / "sweep", self.space(), trials=4)
+        assert not fake_source.RAN
 
 
 @pytest.fixture(scope="module")

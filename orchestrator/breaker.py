@@ -1,0 +1,63 @@
+"""When deaths of workers are no bad luck any more."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+from jobs.errors import SteersweepError
+
+logger = logging.getLogger(__name__)
+
+_DEATHS_IN_A_ROW = 20
+_DEATHS_OF_A_NODE = 5
+
+
+class Breaker:
+    """Counts deaths in a row, of all workers and of those of each node.
+
+    Attributes:
+        avoided: Ids of nodes where no more workers should be started.
+    """
+
+    def __init__(self) -> None:
+        self.avoided: set[str] = set()
+        self._deaths = 0
+        self._node_deaths: Counter[str] = Counter()
+
+    def delivered(self, node: str) -> None:
+        """A worker on a node has done something."""
+        self._deaths = 0
+        self._node_deaths.pop(node, None)
+
+    def died(self, node: str | None, reason: str, *, others: Iterable[str | None]) -> None:
+        """A worker has died by its own fault.
+
+        Args:
+            node: Id of its node; None if it had none yet.
+            reason: What is known about its death.
+            others: The nodes of the other workers: the last one that is left is never avoided.
+
+        Raises:
+            SteersweepError: If too many died and none has done anything in between.
+        """
+        last = reason.splitlines()[-1]
+        self._deaths += 1
+        if self._deaths > _DEATHS_IN_A_ROW:
+            raise SteersweepError(
+                f"{self._deaths} workers died and none gave a delivery in between; the last one said: "
+                f"{last}; mend that, then `steersweep resume`"
+            )
+        if node is None:
+            return
+        self._node_deaths[node] += 1
+        if self._node_deaths[node] >= _DEATHS_OF_A_NODE and set(others) - {None, node, *self.avoided}:
+            self.avoided.add(node)
+            logger.warning(
+                "%d workers in a row died on the node %s: no more are started there; the last said: %s",
+                *(self._node_deaths[node], node, last),
+            )
+
+    def forgive(self) -> None:
+        """Take every node again."""
+        self.avoided.clear()
+        self._node_deaths.clear()

@@ -1,0 +1,66 @@
+"""Who drives a sweep whose files are in a bucket: drivers that share no disk see each other there."""
+
+import hashlib
+import socket
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from jobs.errors import SpecError
+from storage.durable import StoreError
+from storage.remote import DRIVERS, Remote
+
+_FRESH_SECONDS = 120.0
+
+
+class Lease:
+    """A file of this driver's own among those of its sweep, renewed for as long as it runs.
+
+    Times are those of the clock over there. Who starts at the same moment as another is refused with it.
+
+    Args:
+        folder: The sweep's folder, with the `lock` that this process holds.
+        remote: Where the sweep's files are exchanged.
+
+    Raises:
+        SpecError: If another driver has renewed its own lease a short time ago.
+        StoreError: If that cannot be found out.
+    """
+
+    def __init__(self, folder: Path, remote: Remote) -> None:
+        self._folder = folder
+        self._remote = remote
+        # Who goes on in the same folder of the same machine holds its lock: nobody else runs there.
+        here = f"{socket.gethostname()} {uuid.getnode()} {folder.resolve()}"
+        self._path = DRIVERS + hashlib.sha256(here.encode()).hexdigest()[:16]
+        self._put()
+        leases = remote.files(DRIVERS)
+        now = leases.pop(self._path).changed
+        for path, lease in leases.items():
+            age = max(0.0, now - lease.changed)
+            if age < _FRESH_SECONDS and (owner := remote.text(path)):
+                self.end()
+                raise SpecError(
+                    f"the sweep is being run by {owner}, which was there {age:.0f} s ago; wait for it or "
+                    f"stop it; if it has died, try again in {_FRESH_SECONDS - age:.0f} s"
+                )
+            remote.remove(path)
+
+    def renew(self) -> bool:
+        """Show that this driver runs; False if another one has taken the sweep.
+
+        Raises:
+            StoreError: If that cannot be found out.
+        """
+        if self._path not in self._remote.files(DRIVERS):
+            return False
+        self._put()
+        return True
+
+    def _put(self) -> None:
+        self._remote.put(self._folder, "lock", to=self._path)
+
+    def end(self) -> None:
+        """Give it back; one that cannot be is old soon."""
+        with suppress(StoreError):
+            self._remote.remove(self._path)
