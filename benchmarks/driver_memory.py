@@ -1,7 +1,8 @@
 """What a driver keeps in memory for each trial that has ended. Prints one line of JSON.
 
 Run in a process of its own by `python -m benchmarks.orchestrator`. Traced are allocations of Python, by the
-file that made them: what Optuna's files made is its study.
+file that made them: what Optuna's files made is its study; what others made for it counts as the driver's. A
+small sweep comes first, for all that is imported and cached once.
 """
 
 import gc
@@ -9,11 +10,9 @@ import json
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import optuna
 
 from orchestrator.config import make_config
 from orchestrator.folder import claimed
@@ -23,11 +22,11 @@ from orchestrator.reopening import open_sampler
 from orchestrator.space_file import load_space
 from orchestrator.sweep import Sweep
 from orchestrator.worker import Worker
-from storage.background_mirror import BackgroundMirror
 from storage.donors import Donors
+from storage.mlflow_log import Mirror
 
 SPACE = Path(__file__).parent / "nothing_space.py"
-FIRST, LAST = 500, 2500
+FIRST, LAST = 300, 1300
 """Trials between whose ends memory is compared."""
 
 
@@ -58,52 +57,56 @@ class _Here:
 
 
 class _Watch:
-    """`orchestrator.progress.Progress` that takes a snapshot when so many trials have ended."""
+    """`orchestrator.progress.Progress` that mirrors and takes a snapshot when so many trials have ended."""
 
-    def __init__(self) -> None:
-        self.bytes: dict[int, tuple[int, int]] = {}
+    def __init__(self, folder: Path, at: Sequence[int]) -> None:
+        self._mirror = Mirror(folder)
+        self._at = at
+        self.bytes: list[tuple[int, int]] = []
 
     def update(self, tally: Tally) -> None:
-        for number in (FIRST, LAST):
-            if tally.done >= number and number not in self.bytes:
-                self.bytes[number] = _traced()
+        if len(self.bytes) < len(self._at) and tally.done >= self._at[len(self.bytes)]:
+            self._mirror.sync()
+            self.bytes.append(_traced())
 
 
 def _traced() -> tuple[int, int]:
-    """Bytes that Optuna's files hold, and that all others do."""
+    """Bytes that Optuna holds, and that all others do."""
     gc.collect()
-    own = str(Path(optuna.__file__).parent)
     sizes = [
         (each.traceback[0].filename, each.size) for each in tracemalloc.take_snapshot().statistics("filename")
     ]
-    study = sum(size for name, size in sizes if name.startswith(own))
+    study = sum(size for name, size in sizes if "/optuna/" in name)
     return study, sum(size for _, size in sizes) - study
+
+
+def drive(place: Path, *, trials: int, at: Sequence[int]) -> list[tuple[int, int]]:
+    """What is held when so many trials of a sweep have ended."""
+    file = load_space(SPACE)
+    config = make_config(model="nothing", workers=1, trials=trials, sampler="random")
+    with claimed(place, file, config):
+        watch = _Watch(place, at)
+        Sweep(
+            place,
+            space=file.space,
+            config=config,
+            trials=trials,
+            sampler=open_sampler(place, file.space, config),
+            pool=_Here(place),
+            donors=Donors(()),
+            progress=watch,
+            on_result=lambda: None,
+            is_asked_to_stop=lambda: False,
+        ).run()
+    return watch.bytes
 
 
 def measure() -> dict[str, Any]:
     """Bytes a trial, of the driver and of the study."""
-    file = load_space(SPACE)
-    config = make_config(model="nothing", workers=1, trials=LAST, sampler="random")
-    watch = _Watch()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "sweep"
-        with claimed(folder, file, config):
-            mirror = BackgroundMirror(folder)
-            tracemalloc.start()
-            Sweep(
-                folder,
-                space=file.space,
-                config=config,
-                trials=LAST,
-                sampler=open_sampler(folder, file.space, config),
-                pool=_Here(folder),
-                donors=Donors(()),
-                progress=watch,
-                on_result=mirror.notify,
-                is_asked_to_stop=lambda: False,
-            ).run()
-            mirror.close((), 5.0, is_complete=False)
-    (study, own), (last_study, last_own) = watch.bytes[FIRST], watch.bytes[LAST]
+        tracemalloc.start()
+        drive(Path(name) / "first", trials=20, at=[20])
+        (study, own), (last_study, last_own) = drive(Path(name) / "second", trials=LAST, at=[FIRST, LAST])
     return {
         "bytes_per_trial": (last_own - own) / (LAST - FIRST),
         "study_bytes_per_trial": (last_study - study) / (LAST - FIRST),

@@ -3,7 +3,8 @@
 Run by `make bench-orchestrator`; writes `benchmarks/results/orchestrator.json`. Workload: a job that does
 nothing, five parameters, two objectives, TPE of one seed, two workers on this machine, from the first
 dispatch to the last result, everything kept: here study, Parquet and the MLflow mirror, in Ray Tune what it
-keeps by itself. The scheduler is also run at a million trials, with simulated workers.
+keeps by itself. The scheduler is also run at a million trials, with simulated workers, and the fronts that
+packs of proposals find are compared with Optuna's.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import fronts
 from benchmarks.machine import describe
 from benchmarks.simulation import Simulation
 from jobs.spec import Status
@@ -30,15 +32,16 @@ RESULTS = Path(__file__).parent / "results" / "orchestrator.json"
 SPACE = Path(__file__).parent / "nothing_space.py"
 UNEVEN = Path(__file__).parent / "uneven_space.py"
 TRIALS = 300
-ASKED = 20
+ASKED = 10
 SAMPLED = (100, 1_000, 10_000, 100_000)
 SIMULATED = ((1_000, 1_000_000), (10_000, 1_000_000), (1_000, 100_000))
 
 
 def bench_steersweep(place: Path, name: str, *settings: str) -> dict[str, float]:
-    """Seconds a trial of a sweep, by its own tables, and how far MLflow was behind."""
+    """Seconds a trial of a sweep, by its own tables, and until MLflow and the report had everything too."""
     folder = place / name
     _run(SPACE, folder, *settings)
+    ended = time.time()
     sweep = open_sweep(folder)
     [times] = sweep.rows(
         "SELECT (SELECT min(started) FROM attempts) AS began, max(finished) AS ended, count(*) AS trials, "
@@ -46,7 +49,11 @@ def bench_steersweep(place: Path, name: str, *settings: str) -> dict[str, float]
     )
     assert times["trials"] == TRIALS, times
     seconds = times["ended"] - times["began"]
-    return {"seconds_per_trial": seconds / TRIALS, "packs": times["packs"]}
+    return {
+        "seconds_per_trial": seconds / TRIALS,
+        "packs": times["packs"],
+        "seconds_behind": ended - times["ended"],
+    }
 
 
 def _run(space: Path, folder: Path, *settings: str) -> None:
@@ -67,7 +74,7 @@ def bench_busy(place: Path, name: str, *settings: str) -> float:
 
 
 def bench_sampler(trials: int) -> dict[str, float]:
-    """Milliseconds that a proposal takes once so many trials have ended, by sampler."""
+    """Milliseconds that a proposal takes once so many trials have ended, alone or in a pack of 16."""
     space = load_space(SPACE).space
     values = np.random.default_rng(0).uniform(size=(trials, 5))
     asked = {number: dict(zip("abcde", row.tolist(), strict=True)) for number, row in enumerate(values)}
@@ -80,11 +87,13 @@ def bench_sampler(trials: int) -> dict[str, float]:
         for name in ("tpe", "nsga2"):
             sampler = OptunaSampler(space, name=name, seed=0, journal=Path(folder) / name, study="study")
             sampler.restate(asked, ended)
-            sampler.ask()
-            began = time.perf_counter()
-            for _ in range(ASKED):
-                sampler.ask()
-            found[name] = 1e3 * (time.perf_counter() - began) / ASKED
+            for count in (1, 16):
+                sampler.ask_together(count, ())
+                began = time.perf_counter()
+                for _ in range(ASKED):
+                    sampler.ask_together(count, ())
+                seconds = time.perf_counter() - began
+                found[f"{name}, {count}"] = 1e3 * seconds / (ASKED * count)
     return found
 
 
@@ -143,6 +152,7 @@ def main(arguments: Sequence[str]) -> None:
         **bench_memory(),
         "busy": busy,
         "milliseconds_per_proposal": {str(trials): bench_sampler(trials) for trials in SAMPLED},
+        "hypervolume": fronts.measure(),
         "simulated": simulated,
         "simulated_trials": max(each["trials"] for each in simulated),
         "simulated_utilisation": min(each["utilisation"] for each in simulated),

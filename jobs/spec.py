@@ -10,6 +10,7 @@ import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -90,7 +91,7 @@ class Requirement:
         return content_hash({"job": self.job, "params": params_to_json(self.params)})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """All that decides a result. Equal specs run once.
 
@@ -110,7 +111,7 @@ class Spec:
     data: Mapping[str, str]
     seed: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash of every field: the name under which the result is stored."""
         return content_hash(self.to_json())

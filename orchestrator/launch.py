@@ -29,6 +29,7 @@ from storage.backup import Backup
 from storage.donors import Donors
 from storage.ledger import read_comparable
 from storage.pareto import pareto
+from storage.parquet import warm_up
 from storage.query import StoredSweep, open_sweep
 from storage.remote import Remote, sweep_uri
 
@@ -130,6 +131,7 @@ def _drive(
     backup = Backup(folder, remote) if remote else None
     pool = RayPool(folder, config, loaded, remote_uri)
     mirror = BackgroundMirror(folder, config.mlflow)
+    warm_up()
     kept: list[Path] = []
     is_complete = False
     try:

@@ -15,6 +15,7 @@ from jobs.spec import ModelRef
 from orchestrator.pool import Delivery, Order
 from orchestrator.worker import Worker, attempt_line, device_of
 from orchestrator.worker_logs import worker_log
+from storage.parquet import warm_up
 from storage.remote import Remote
 
 
@@ -57,6 +58,7 @@ class WorkerActor:
 
     def load(self) -> None:
         """Load the replica, unless that is left to the orders."""
+        warm_up()
         if self._model is not None:
             self._worker.hold(self._model)
 

@@ -61,14 +61,16 @@ class Pack:
 
 
 def pack_limit(*, unasked: int, workers: int, max_pack: int) -> int:
-    """Most trials of the next pack: a share of what is left, so that no worker ends up waiting long.
+    """Most trials of the next pack: half a worker's share of what is left, so that no worker waits long.
+
+    From: S. F. Hummel, E. Schonberg and L. E. Flynn, "Factoring" (1992).
 
     Args:
         unasked: Trials that were not proposed yet.
         workers: Workers that share the work.
         max_pack: Most trials of any pack.
     """
-    return max(1, min(max_pack, unasked // (4 * workers)))
+    return max(1, min(max_pack, unasked // (2 * workers)))
 
 
 class _Line:

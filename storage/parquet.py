@@ -38,6 +38,11 @@ class TableFile(NamedTuple):
     sha256: str
 
 
+def warm_up() -> None:
+    """Have Arrow import pandas, as it does at its first conversion, at a time when nobody waits for it."""
+    pa.array([0])
+
+
 @cache
 def arrow_schema(table: str) -> pa.Schema:
     """The table's Arrow schema, with unit and meaning as column metadata."""

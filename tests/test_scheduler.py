@@ -51,14 +51,14 @@ def test_a_scheduler_without_tasks_has_nothing_to_do(scheduler: Scheduler) -> No
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("max_pack", [1, 4, 16])
-def test_a_pack_is_a_quarter_of_a_workers_share_of_what_is_left_but_at_least_one(
+def test_a_pack_is_half_of_a_workers_share_of_what_is_left_but_at_least_one(
     workers: int, max_pack: int
 ) -> None:
     for unasked in range(300):
         limit = pack_limit(unasked=unasked, workers=workers, max_pack=max_pack)
         assert 1 <= limit <= max_pack
-        assert limit == max_pack or limit == 1 or limit <= unasked / (4 * workers) < limit + 1
-    assert limit == min(max_pack, 299 // (4 * workers))
+        assert limit == max_pack or limit == 1 or limit <= unasked / (2 * workers) < limit + 1
+    assert limit == min(max_pack, 299 // (2 * workers))
 
 
 def test_the_packs_of_a_whole_sweep_get_smaller_towards_its_end() -> None:
@@ -67,7 +67,7 @@ def test_the_packs_of_a_whole_sweep_get_smaller_towards_its_end() -> None:
         limits.append(min(unasked, pack_limit(unasked=unasked, workers=2, max_pack=16)))
         unasked -= limits[-1]
     assert limits[0] == 16
-    assert limits[-8:] == [1] * 8
+    assert limits[-4:] == [1] * 4
     assert limits == sorted(limits, reverse=True)
 
 

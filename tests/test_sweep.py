@@ -727,7 +727,7 @@ def test_a_sweep_waits_for_room_on_a_full_disk_and_says_so(
     shown: list[str] = []
     monkeypatch.setattr("orchestrator.sweep.time.sleep", waits.append)
     monkeypatch.setattr(SilentProgress, "update", lambda self, tally: shown.append(describe(tally, None)))
-    for first in range(1, 60, 3):
+    for first in range(1, 46, 3):
         folder = tmp_path / str(first)
         prepare(folder, space)
         calls = iter(range(1, 10_000))
