@@ -70,7 +70,7 @@ bench-melbo: install
 	$(BIN)/python -m benchmarks.dct
 	$(BIN)/python -m benchmarks.melbo
 
-# About ten minutes on 2 cores; writes benchmarks/results/orchestrator.json.
+# About half an hour on 2 cores; writes benchmarks/results/orchestrator.json.
 bench-orchestrator: install
 	$(BIN)/python -m benchmarks.orchestrator
 

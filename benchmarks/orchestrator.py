@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,12 +28,19 @@ from orchestrator.sampler import Ended, OptunaSampler
 from orchestrator.space_file import load_space
 from storage.query import open_sweep
 
+Found = TypeVar("Found")
 RESULTS = Path(__file__).parent / "results" / "orchestrator.json"
 SPACE = Path(__file__).parent / "nothing_space.py"
 UNEVEN = Path(__file__).parent / "uneven_space.py"
 TRIALS = 300
 ASKED = 10
 SAMPLED = (100, 1_000, 10_000, 100_000)
+SWEEPS: dict[str, tuple[str, ...]] = {
+    "tpe": (),
+    "tpe, one by one": ("--set", "max_pack=1"),
+    "nsga2": ("--set", "sampler=nsga2"),
+    "random": ("--set", "sampler=random"),
+}
 SIMULATED = ((1_000, 1_000_000), (10_000, 1_000_000), (1_000, 100_000))
 
 
@@ -113,6 +120,13 @@ def bench_ray_tune(place: Path, name: str, *, reuse: bool) -> float:
     return float(done.stdout.splitlines()[-1]) / TRIALS
 
 
+def shown(name: str, found: Found) -> Found:
+    """Print what was measured, and give it back."""
+    sys.stdout.write(f"{name}: {json.dumps(found)}\n")
+    sys.stdout.flush()
+    return found
+
+
 def main(arguments: Sequence[str]) -> None:
     """Time everything, print it and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestrator", description=__doc__)
@@ -121,38 +135,38 @@ def main(arguments: Sequence[str]) -> None:
         "--only-simulated", action="store_true", help="print the simulations and write nothing"
     )
     options = parser.parse_args(arguments)
-    simulated = [Simulation(workers=workers, trials=trials).run()._asdict() for workers, trials in SIMULATED]
-    sys.stdout.write(json.dumps(simulated, indent=2) + "\n")
+    simulated = [
+        shown("simulated", Simulation(workers=workers, trials=trials).run()._asdict())
+        for workers, trials in SIMULATED
+    ]
     if options.only_simulated:
         return
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         ours = {
-            "tpe": bench_steersweep(place, "tpe"),
-            "tpe, unpacked": bench_steersweep(place, "unpacked", "--set", "max_pack=1"),
-            "random": bench_steersweep(place, "random", "--set", "sampler=random"),
+            name: shown(name, bench_steersweep(place, name, *settings)) for name, settings in SWEEPS.items()
         }
         busy = {
-            "packs of up to 16": bench_busy(place, "packed-uneven"),
-            "one by one": bench_busy(place, "uneven", "--set", "max_pack=1"),
+            "packs of up to 16": shown("busy", bench_busy(place, "packed-uneven")),
+            "one by one": shown("busy, one by one", bench_busy(place, "uneven", "--set", "max_pack=1")),
         }
-        tune = {
-            "reuse": bench_ray_tune(place, "reuse", reuse=True),
-            "fresh": bench_ray_tune(place, "fresh", reuse=False),
-        }
+        reuse = shown("Ray Tune, reuse", bench_ray_tune(place, "reuse", reuse=True))
+        fresh = shown("Ray Tune", bench_ray_tune(place, "fresh", reuse=False))
     result: dict[str, Any] = {
         "machine": describe(),
         "date": date.today().isoformat(),
         "trials": TRIALS,
         "seconds_per_trial": ours["tpe"]["seconds_per_trial"],
         "steersweep": ours,
-        "ray_tune_seconds_per_trial": tune["fresh"],
-        "ray_tune_reuse_seconds_per_trial": tune["reuse"],
-        "ratio_reuse": tune["reuse"] / ours["tpe"]["seconds_per_trial"],
-        **bench_memory(),
+        "ray_tune_seconds_per_trial": fresh,
+        "ray_tune_reuse_seconds_per_trial": reuse,
+        "ratio_reuse": reuse / ours["tpe"]["seconds_per_trial"],
+        **shown("memory", bench_memory()),
         "busy": busy,
-        "milliseconds_per_proposal": {str(trials): bench_sampler(trials) for trials in SAMPLED},
-        "hypervolume": fronts.measure(),
+        "milliseconds_per_proposal": {
+            str(trials): shown(f"proposals after {trials}", bench_sampler(trials)) for trials in SAMPLED
+        },
+        "hypervolume": shown("hypervolume", fronts.measure()),
         "simulated": simulated,
         "simulated_trials": max(each["trials"] for each in simulated),
         "simulated_utilisation": min(each["utilisation"] for each in simulated),
@@ -160,7 +174,6 @@ def main(arguments: Sequence[str]) -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
 
     Args:
         folder: The sweep's folder; nobody may drive it.
-        repair: Whether to mend; without it nothing is written.
+        repair: Whether to mend; without it nothing is written, but an empty study where a database has none.
 
     Returns:
         consistent: whether nothing is left to mend, leftovers aside, which nobody reads; findings.
