@@ -357,10 +357,9 @@ def _only_value(domain: BaseDistribution) -> Any:
 def _free_sampler(name: str, seed: int, window: Window) -> BaseSampler:
     match name:
         case "tpe":
-            # Its cost grows with the trials that it sees.
             return WindowedSampler(TPESampler(seed=seed, multivariate=True, constant_liar=True), window)
         case "nsga2":
-            return NSGAIISampler(seed=seed)
+            return WindowedSampler(NSGAIISampler(seed=seed), window)
         case _:
             return RandomSampler(seed=seed)
 
