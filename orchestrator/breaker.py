@@ -40,7 +40,7 @@ class Breaker:
         Raises:
             SteersweepError: If too many died and none has done anything in between.
         """
-        last = reason.splitlines()[-1]
+        last = reason.strip().rpartition("\n")[2]
         self._deaths += 1
         if self._deaths > _DEATHS_IN_A_ROW:
             raise SteersweepError(

@@ -142,7 +142,7 @@ class OptunaSampler:
 
     @_storing
     def _ask_pack(self, count: int, fixed: Mapping[str, Any]) -> list[Proposal]:
-        """Propose at the price of one what can be had so, with parameters held fixed."""
+        """Propose from one look at the study what can be had so, with parameters held fixed."""
         if self._name != "tpe":
             return []
         free = {name: domain for name, domain in self._distributions.items() if name not in fixed}
@@ -359,7 +359,7 @@ def _free_sampler(name: str, seed: int, window: Window) -> BaseSampler:
         case "tpe":
             return WindowedSampler(TPESampler(seed=seed, multivariate=True, constant_liar=True), window)
         case "nsga2":
-            return WindowedSampler(NSGAIISampler(seed=seed), window)
+            return NSGAIISampler(seed=seed)
         case _:
             return RandomSampler(seed=seed)
 

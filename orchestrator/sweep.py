@@ -137,7 +137,7 @@ class Sweep:
         """Bring something to disk; as long as that is full, wait for somebody to make room.
 
         Args:
-            act: Leaves nothing behind where it fails, and can be done again.
+            act: Can be done again where it fails, and leaves nothing then that anything reads.
 
         Returns:
             What it returns.

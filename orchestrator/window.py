@@ -14,7 +14,7 @@ from storage.pareto import front
 LATEST = 1000
 """Trials that have ended and are shown because they are the latest."""
 BEST = 200
-"""Earlier ones that are shown because nothing dominates them; TPE models 25 good trials at most."""
+"""Earlier ones that are shown because nothing dominates them."""
 
 
 class Window:
@@ -136,4 +136,4 @@ class WindowedSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """As the sampler does."""
-        self._sampler.after_trial(self._shown(study, trial), trial, state, values)
+        self._sampler.after_trial(study, trial, state, values)

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from jobs.spec import Status
@@ -115,31 +115,29 @@ def drive_sampler(sampler: OptunaSampler, trials: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_a_driver_that_goes_on_proposes_what_the_first_one_would_have(tmp_path: Path, sampler: str) -> None:
+def test_a_driver_that_goes_on_proposes_what_the_first_one_would_have(tmp_path: Path) -> None:
     def opened(name: str) -> OptunaSampler:
-        return OptunaSampler(SPACE, name=sampler, seed=3, journal=tmp_path / name, study="study")
+        return OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / name, study="study")
 
     whole = drive_sampler(opened("whole"), 40)
     parts = drive_sampler(opened("parts"), 17) + drive_sampler(opened("parts"), 23)
     assert parts == whole
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_below_its_length_the_window_changes_no_proposal(
-    tmp_path: Path, sampler: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_module, "LATEST", 1000)
     ours = drive_sampler(
-        OptunaSampler(SPACE, name=sampler, seed=3, journal=tmp_path / "study", study="study"), 30
+        OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / "study", study="study"), 30
     )
 
     def bare(inner: BaseSampler, window: Window) -> BaseSampler:
-        assert isinstance(inner, TPESampler | NSGAIISampler)
+        assert isinstance(inner, TPESampler)
         return inner
 
     monkeypatch.setattr("orchestrator.sampler.WindowedSampler", bare)
     plain = drive_sampler(
-        OptunaSampler(SPACE, name=sampler, seed=3, journal=tmp_path / "plain", study="study"), 30
+        OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / "plain", study="study"), 30
     )
     assert ours == plain
