@@ -82,7 +82,7 @@ def run_sweep(
         stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
         if is_over and config.results:  # the last copy may have failed
-            Remote(sweep_uri(config.results, sweep.identity["sweep"])).put_new(folder)
+            Backup(folder, Remote(sweep_uri(config.results, sweep.identity["sweep"]))).close()
         if not is_over:
             interrupts = stack.enter_context(stoppable())
             loaded = models[0] if len(models) == 1 else None

@@ -11,6 +11,8 @@ from storage.remote import Remote
 logger = logging.getLogger(__name__)
 
 _SECONDS = 30.0
+_BEHIND = "copies of the sweep are behind, its folder has everything"
+_TAKEN = "another driver has taken the sweep: stop this one, of which nothing is copied now"
 
 
 class Backup:
@@ -29,9 +31,13 @@ class Backup:
         self._folder = folder
         self._remote = remote
         self._closing = threading.Event()
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._lease = Lease(folder, remote)
-        remote.put_new(folder)
+        try:
+            remote.put_new(folder)
+        except BaseException:
+            self._lease.end()
+            raise
         self._thread = threading.Thread(target=self._work, name="backup", daemon=True)
         self._thread.start()
 
@@ -50,15 +56,13 @@ class Backup:
         try:
             if self._lease.renew():
                 self._remote.put_new(self._folder)
-                self._has_warned = False
+                self._warned.discard(_BEHIND)
             else:
-                self._warn(
-                    "another driver has taken the sweep: stop this one, of which nothing is copied now"
-                )
+                self._warn(_TAKEN)
         except (StoreError, OSError) as error:
-            self._warn(f"copies of the sweep are behind, its folder has everything: {error}")
+            self._warn(_BEHIND, f": {error}")
 
-    def _warn(self, text: str) -> None:
-        if not self._has_warned:
-            logger.warning(text)
-        self._has_warned = True
+    def _warn(self, text: str, why: str = "") -> None:
+        if text not in self._warned:
+            logger.warning("%s%s", text, why)
+        self._warned.add(text)

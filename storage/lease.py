@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -33,18 +34,24 @@ class Lease:
         # Who goes on in the same folder of the same machine holds its lock: nobody else runs there.
         here = f"{socket.gethostname()} {uuid.getnode()} {folder.resolve()}"
         self._path = DRIVERS + hashlib.sha256(here.encode()).hexdigest()[:16]
+        if (other := self._claim()) is not None:
+            raise SpecError(f"the sweep is being run by {other}")
+
+    def _claim(self) -> str | None:
+        """Show that this driver runs, unless another one does: that one in words then."""
         self._put()
-        leases = remote.files(DRIVERS)
+        leases = {path: lease for path, lease in self._remote.files(DRIVERS).items() if "." not in path}
         now = leases.pop(self._path).changed
         for path, lease in leases.items():
             age = max(0.0, now - lease.changed)
-            if age < _FRESH_SECONDS and (owner := remote.text(path)):
+            if age < _FRESH_SECONDS and (owner := self._remote.text(path)):
                 self.end()
-                raise SpecError(
-                    f"the sweep is being run by {owner}, which was there {age:.0f} s ago; wait for it or "
-                    f"stop it; if it has died, try again in {_FRESH_SECONDS - age:.0f} s"
+                return (
+                    f"{owner}, which was there {age:.0f} s ago; wait for it or stop it; if it has died, try "
+                    f"again in {_FRESH_SECONDS - age:.0f} s"
                 )
-            remote.remove(path)
+            self._remote.remove(path)
+        return None
 
     def renew(self) -> bool:
         """Show that this driver runs; False if another one has taken the sweep.
@@ -52,6 +59,8 @@ class Lease:
         Raises:
             StoreError: If that cannot be found out.
         """
+        if time.monotonic() - self._renewed > _FRESH_SECONDS:  # others take it for dead by now
+            return self._claim() is None
         if self._path not in self._remote.files(DRIVERS):
             return False
         self._put()
@@ -59,6 +68,7 @@ class Lease:
 
     def _put(self) -> None:
         self._remote.put(self._folder, "lock", to=self._path)
+        self._renewed = time.monotonic()
 
     def end(self) -> None:
         """Give it back; one that cannot be is old soon."""

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from storage.query import open_sweep
 
@@ -57,3 +60,11 @@ def refused(*arguments: str | Path) -> str:
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("steersweep: ")
     return lines[0]
+
+
+def check_close(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> None:
+    """The same rows, but for what their column `value` loses by rounding."""
+    for row, other in zip(found, expected, strict=True):
+        assert {**row, "value": None} == {**other, "value": None}
+        value = None if other["value"] is None else pytest.approx(other["value"], rel=1e-4, abs=1e-4)
+        assert row["value"] == value, row

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from orchestrator.space_file import load_space
 from storage.query import open_sweep
 from tests.chaos import toll
-from tests.command import ROOT, results, run_arguments, steersweep
+from tests.command import ROOT, check_close, results, run_arguments, steersweep
 from tests.sweeps import check_ended
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -218,7 +218,8 @@ def wait_until(happened: Callable[[], bool], driver: Driver) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # unlike `ray start`, it looks for no token
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     yield cluster
     cluster.shutdown()
@@ -309,9 +310,7 @@ def test_a_real_model_says_the_same_whoever_was_killed(tmp_path: Path, record_pr
     check_consistent(folder)
     query = "SELECT trial, spec, split, name, value FROM metrics ORDER BY ALL"
     expected, found = (open_sweep(tmp_path / name).rows(query) for name in ("undisturbed", "disturbed"))
-    assert [{**row, "value": None} for row in found] == [{**row, "value": None} for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        assert row["value"] == pytest.approx(other["value"], rel=1e-4, abs=1e-4, nan_ok=True), row
+    check_close(found, expected)
 
 
 def ledger(folder: Path) -> str:

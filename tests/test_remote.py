@@ -22,6 +22,7 @@ from storage.artifacts import read_artifact, write_artifact
 from storage.backup import Backup
 from storage.donors import Donors
 from storage.durable import StoreError
+from storage.lease import Lease
 from storage.remote import Remote, sweep_uri
 from storage.store import Store
 from tests import fake_source
@@ -262,6 +263,7 @@ def test_a_driver_that_was_not_heard_of_for_long_is_followed_by_another_and_copi
     first = Backup(make_driver(tmp_path / "first"), Remote(uri))
     monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
     second = Backup(make_driver(tmp_path / "second"), Remote(uri))
+    monkeypatch.setattr("storage.lease._FRESH_SECONDS", 60.0)
     copied: list[str] = []
     real = Remote.put_new
     monkeypatch.setattr(
@@ -274,6 +276,21 @@ def test_a_driver_that_was_not_heard_of_for_long_is_followed_by_another_and_copi
     assert Remote(uri).files("drivers") == {}
     Remote(uri).fetch_all(tmp_path / "brought")
     assert not (tmp_path / "brought" / "drivers").exists()
+
+
+def test_a_driver_that_wakes_up_late_yields_to_the_one_that_followed(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Lease(make_driver(tmp_path / "first"), Remote(uri))
+    monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
+    second = Lease(make_driver(tmp_path / "second"), Remote(uri))
+    monkeypatch.setattr("storage.lease._FRESH_SECONDS", 60.0)
+    Remote(uri).put(tmp_path / "first", "lock", to=first._path)  # it was about to when the other took over
+    first._renewed -= 100
+    assert not first.renew()
+    assert second.renew()
+    second.end()
+    assert Remote(uri).files("drivers") == {}
 
 
 @pytest.mark.ray
