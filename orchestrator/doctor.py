@@ -147,6 +147,12 @@ def _study(kept: _Kept) -> list[_Examination]:
         *_found(
             "study", "trials that have ended run there", sampler.untold(ended) if not wrong else [], tell
         ),
+        *_found(
+            "leftovers",
+            "trials of the study that nobody recorded",
+            sampler.unrecorded(asked) if not wrong else [],
+            lambda: sampler.restate(asked, ended),
+        ),
     ]
 
 

@@ -3,8 +3,8 @@
 import hashlib
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -20,7 +20,7 @@ from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.pack_tpe import propose_pack
 from orchestrator.space_file import grid_cell
-from orchestrator.window import Window, WindowedSampler, shown
+from orchestrator.window import Window, WindowedSampler, latest_generations, shown
 from search_spaces.base import Domain, Float, Grid, Int, Space
 from storage.durable import StoreError
 
@@ -165,23 +165,13 @@ class OptunaSampler:
         return Proposal(self._asked - 1, params, len(self._ended), tuple(fixed))
 
     @_storing
-    def adopt(self, known: Sequence[int]) -> list[Proposal]:
-        """Proposals that Optuna has open and that are not among the `known` trial numbers.
+    def unrecorded(self, asked: Container[int]) -> list[int]:
+        """Trials of the study that are not among those that were asked for.
 
-        A driver that dies between asking and writing its ledger leaves such trials.
+        A driver that dies between asking and writing its ledger leaves some: of a pack, perhaps not all.
+        `restate` drops them, and who asks again gets the whole pack.
         """
-        adopted = []
-        for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number not in known:
-                sampler = self._study.sampler = self._sampler(frozen.number, {})
-                trial = Trial(self._study, frozen._trial_id)
-                for name, distribution in self._distributions.items():
-                    if name in frozen.params:
-                        # It was drawn before the driver died: the next parameter gets the draw after it.
-                        sampler.sample_independent(self._study, frozen, name, distribution)
-                    trial._suggest(name, distribution)
-                adopted.append(Proposal(trial.number, self._plain(trial), len(self._ended)))
-        return adopted
+        return [trial.number for trial in self._study.get_trials(deepcopy=False) if trial.number not in asked]
 
     @_storing
     def disagreements(
@@ -227,7 +217,8 @@ class OptunaSampler:
         Raises:
             StoreError: If the disk refuses.
         """
-        attributes = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        before = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        parents = self._parents()
         staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
         journal = None if self._database else Journal(staging)
         if self._database is not None:
@@ -235,7 +226,6 @@ class OptunaSampler:
             self.forget()
         study = _open_study(self._database or _in_file(journal), self._study_name, self._space)
         for number, params in sorted(asked.items()):
-            before = attributes.get(number)
             end = ended.get(number)
             study.add_trial(
                 optuna.trial.create_trial(
@@ -244,13 +234,27 @@ class OptunaSampler:
                     distributions=self._distributions,
                     values=None if end is None or _state(end) != TrialState.COMPLETE else end.values,
                     constraints=_INFEASIBLE if end is not None and end.status == Status.INFEASIBLE else None,
-                    system_attrs=None if before is None else before.system_attrs,
+                    system_attrs=before[number].system_attrs if number in before else None,
                 )
             )
+        ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
+        for key, numbers in parents.items():
+            chosen = [ids[number] for number in numbers if number in ids]
+            study._storage.set_study_system_attr(study._study_id, key, chosen)
         if journal is not None:
             journal.flush()
             staging.replace(self._path)
         self._open()
+
+    def _parents(self) -> dict[str, list[int]]:
+        """Numbers of the trials that NSGA-II chose as parents, once for each generation."""
+        numbers = {trial._trial_id: trial.number for trial in self._study.get_trials(deepcopy=False)}
+        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
+        return {
+            key: [numbers[trial_id] for trial_id in ids]
+            for key, ids in attributes.items()
+            if key.startswith(NSGAIISampler._get_parent_cache_key_prefix())
+        }
 
     @_storing
     def forget(self) -> None:
@@ -357,9 +361,10 @@ def _only_value(domain: BaseDistribution) -> Any:
 def _free_sampler(name: str, seed: int, window: Window) -> BaseSampler:
     match name:
         case "tpe":
-            return WindowedSampler(TPESampler(seed=seed, multivariate=True, constant_liar=True), window)
+            sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            return WindowedSampler(sampler, partial(shown, window=window))
         case "nsga2":
-            return NSGAIISampler(seed=seed)
+            return WindowedSampler(NSGAIISampler(seed=seed), latest_generations)
         case _:
             return RandomSampler(seed=seed)
 

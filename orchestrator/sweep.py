@@ -29,6 +29,8 @@ from storage.store import Part, Store, StoredResult
 Written = TypeVar("Written")
 _POLL_SECONDS = 0.5
 _FULL_DISK_SECONDS = 5.0
+_QUEUED = 1
+"""Packs that wait for a worker, so that none waits for the sampler."""
 _ASKED_TO_STOP = "asked to; once more stops at once"
 
 
@@ -118,6 +120,7 @@ class Sweep:
                 if not self._tally.stopping:
                     self._propose()
                     self._dispatch()
+                    self._propose()
                 if self._is_over():
                     break
                 for event in self._pool.events(_POLL_SECONDS):
@@ -189,16 +192,14 @@ class Sweep:
         }
         params = {trial.trial: trial.params for trial in asked}
         ends = {number: self._results.end_of(row) for number, row in ended.items()}
-        if self._sampler.disagreements(params, ends):
+        if self._sampler.unrecorded(params) or self._sampler.disagreements(params, ends):
             self._write(partial(self._sampler.restate, params, ends))
         self._write(self._ledger.taken_over)
-        if adopted := self._record(self._sampler.adopt([trial.trial for trial in asked])):
-            self._write(partial(self._ledger.asked, adopted))
         for trial in asked:
             if trial.trial in ended:
                 self._results.recall(ended[trial.trial])
         groups: dict[int, list[Asked]] = {}
-        for trial in (*asked, *adopted):
+        for trial in asked:
             groups.setdefault(trial.group, []).append(trial)
         for group in groups.values():
             self._asked += len(group)
@@ -207,13 +208,13 @@ class Sweep:
         self._write(self._results.commit)
 
     def _propose(self) -> None:
-        """Ask, a group at a time, until every idle worker has a pack to take.
+        """Ask, a group at a time, until every idle worker has a pack to take and the next idle one too.
 
         What waits for a prerequisite keeps no worker busy, but was asked blindly: there is an end to it.
         """
         while (
             self._asked < self._trials
-            and self._scheduler.runnable < len(self._idle)
+            and self._scheduler.runnable < len(self._idle) + _QUEUED
             and self._scheduler.blocked < self._config.workers
         ):
             trials = self._ask()

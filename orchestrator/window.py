@@ -1,12 +1,12 @@
 """What a sampler is shown of a long study, so that a proposal costs the same however long it has become."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import FrozenTrial, TrialState
 
 from storage.pareto import front
@@ -82,22 +82,49 @@ class _Shown(optuna.Study):
 
 
 def shown(study: optuna.Study, window: Window) -> optuna.Study:
-    """The study as a sampler is shown it: all of a short one, the window of a long one."""
+    """The study as TPE is shown it: all of a short one, the window of a long one."""
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
     return study if len(trials) < LATEST else _Shown(study, window.of(trials))
 
 
+def latest_generations(study: optuna.Study) -> optuna.Study:
+    """The study as NSGA-II is shown it: all that it takes a child from, so that its proposals stay the same.
+
+    That is the latest generation of which a trial is complete, the one before it, and the parents that were
+    chosen for both. A later trial is of no earlier generation.
+    """
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    first, latest = len(trials), None
+    while first and (latest is None or trials[first - 1].system_attrs.get(_GENERATION, latest) >= latest - 1):
+        first -= 1
+        if latest is None and trials[first].state == TrialState.COMPLETE:
+            latest = trials[first].system_attrs.get(_GENERATION)
+    parents = _parents(study, latest or 0)
+    earlier = [trial for trial in trials[:first] if trial._trial_id in parents]
+    return _Shown(study, [*earlier, *trials[first:]])
+
+
+_GENERATION = NSGAIISampler._get_generation_key()
+
+
+def _parents(study: optuna.Study, latest: int) -> set[int]:
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    prefix = NSGAIISampler._get_parent_cache_key_prefix()
+    wanted = (latest - 1, latest, latest + 1)
+    return {trial_id for generation in wanted for trial_id in attributes.get(f"{prefix}{generation}", ())}
+
+
 class WindowedSampler(BaseSampler):
-    """A sampler that is shown a window of its study.
+    """A sampler that is shown a part of its study.
 
     Args:
         sampler: Who proposes.
-        window: What is shown.
+        show: Gives the study as it is shown.
     """
 
-    def __init__(self, sampler: BaseSampler, window: Window) -> None:
+    def __init__(self, sampler: BaseSampler, show: Callable[[optuna.Study], optuna.Study]) -> None:
         self._sampler = sampler
-        self._window = window
+        self._show = show
         self._seen: tuple[int, optuna.Study] | None = None
 
     def _shown(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
@@ -105,7 +132,7 @@ class WindowedSampler(BaseSampler):
         if trial.number < LATEST:
             return study
         if self._seen is None or self._seen[0] != trial.number:
-            self._seen = trial.number, shown(study, self._window)
+            self._seen = trial.number, self._show(study)
         return self._seen[1]
 
     def infer_relative_search_space(

@@ -45,8 +45,8 @@ class Ledger:
         self._log.append({"event": "taken over"})
 
     def asked(self, trials: Iterable[Asked]) -> None:
-        """Record proposals before anything is done about them."""
-        self._log.append(*map(_event, trials))
+        """Record proposals, whole or not at all, before anything is done about them."""
+        self._log.append({"event": "asked", "trials": list(map(_event, trials))})
 
     def dispatched(self, attempt: str, worker: str, specs: Iterable[str]) -> None:
         """Record that a worker was given a pack."""
@@ -59,7 +59,7 @@ class Ledger:
     def changes_accepted(self, changes: str, trials: Iterable[Asked]) -> None:
         """Record, whole or not at all, what has changed, in words, and what trials mean from now on."""
         self._log.append(
-            {"event": "changes accepted", "changes": changes, "trials": [_event(asked) for asked in trials]}
+            {"event": "changes accepted", "changes": changes, "trials": list(map(_event, trials))}
         )
 
 
@@ -83,18 +83,21 @@ def read_comparable(folder: Path) -> list[Asked]:
     for event in _events(folder, "asked", "changes accepted"):
         if event["event"] == "changes accepted":
             found.clear()
-        found |= {asked.trial: asked for asked in map(_asked, event.get("trials", (event,)))}
+        found |= {asked.trial: asked for asked in _trials(event)}
     return list(found.values())
 
 
 def _recorded(folder: Path) -> Iterator[Asked]:
     for event in _events(folder, "asked", "changes accepted"):
-        yield from map(_asked, event.get("trials", (event,)))
+        yield from _trials(event)
+
+
+def _trials(event: Mapping[str, Any]) -> Iterator[Asked]:
+    return map(_asked, event.get("trials", (event,)))  # older sweeps have one event for each
 
 
 def _event(asked: Asked) -> dict[str, Any]:
     return {
-        "event": "asked",
         "trial": asked.trial,
         "params": dict(asked.params),
         "spec": asked.spec.to_json(),

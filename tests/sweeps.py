@@ -15,7 +15,7 @@ from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
 from orchestrator.sweep import Sweep
-from search_spaces.base import Grid, Int, Objective, Space
+from search_spaces.base import Float, Grid, Int, Objective, Space
 from storage.donors import Donors
 from storage.ledger import read_asked
 from storage.store import Store
@@ -156,6 +156,7 @@ class Scenario(NamedTuple):
     trials: int
     losses: dict[int, Any]
     every: int = 1
+    workers: int = 2
 
 
 SCENARIOS = {
@@ -176,7 +177,20 @@ SCENARIOS = {
         10,
         {1: "before"},
     ),
+    # Of one worker, so that it is always the same that TPE has been told.
+    "TPE packs": Scenario(
+        make_space({"x": Int(low=1, high=99), "y": Float(low=0, high=1)}, sampler="tpe", trials=22),
+        22,
+        {4: "after"},
+        every=6,
+        workers=1,
+    ),
 }
+
+
+def drive_scenario(folder: Path, name: str, **options: Any) -> Driven:
+    scenario = SCENARIOS[name]
+    return drive(folder, scenario.space, trials=scenario.trials, workers=scenario.workers, **options)
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from orchestrator import worker as worker_module
 from storage.mlflow_log import Mirror
 from tests.chaos import BOUNDARIES, MLFLOW_BOUNDARIES, When, count_lines, kill_at, kill_at_line, toll
 from tests.mirrored import commit, make_database, make_sweep, runs_of
-from tests.sweeps import SCENARIOS, check_ended, drive, outcome_of, prepare
+from tests.sweeps import SCENARIOS, check_ended, drive_scenario, outcome_of, prepare
 
 _MOST_KILLS = 12
 """Of one sweep."""
@@ -43,18 +43,13 @@ def quick_start(folder: Path, name: str) -> None:
     os.fsync = lambda file: None
     worker_module._FLUSH_SECONDS = -1.0
     folder_module.provenance = dict
-    prepare(folder, SCENARIOS[name].space)
-
-
-def drive_scenario(folder: Path, name: str, seed: int = 0) -> None:
-    scenario = SCENARIOS[name]
-    drive(folder, scenario.space, trials=scenario.trials, seed=seed)
+    prepare(folder, SCENARIOS[name].space, workers=SCENARIOS[name].workers)
 
 
 def drive_to_line(folder: Path, name: str, seed: int, line: int) -> None:
     quick_start(folder, name)
     kill_at_line(line)
-    drive_scenario(folder, name, seed)
+    drive_scenario(folder, name, seed=seed)
 
 
 def drive_to_boundary(folder: Path, name: str, boundary: str, call: int, when: When) -> None:

@@ -73,7 +73,7 @@ def in_database(monkeypatch: pytest.MonkeyPatch, database: str) -> None:
 def test_a_sweep_with_its_study_there_is_the_same_sweep_also_after_stops(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space, trials, _, _ = SCENARIOS[NAME]
+    space, trials = SCENARIOS[NAME].space, SCENARIOS[NAME].trials
     drive(tmp_path / "file", space, trials=trials)
     in_database(monkeypatch, database)
     for stop_at in (3, 5, 7, None):
@@ -93,7 +93,7 @@ def test_a_study_that_was_cut_short_while_it_was_written_anew_is_written_again(
         trials = optuna.load_study(study_name="study", storage=database).trials
         return [(trial.params, trial.values, trial.state) for trial in trials]
 
-    space, trials, _, _ = SCENARIOS[NAME]
+    space, trials = SCENARIOS[NAME].space, SCENARIOS[NAME].trials
     in_database(monkeypatch, database)
     drive(tmp_path, space, trials=trials)
     before = told()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from jobs.spec import Status
-from orchestrator.sampler import OptunaSampler, Proposal
+from orchestrator.sampler import Ended, OptunaSampler, Proposal
 from search_spaces.base import Float, Grid, Int, Objective, Sampler, Space
 from storage.durable import StoreError
 
@@ -328,44 +328,49 @@ def test_the_study_opens_with_optuna_alone_and_names_its_objectives(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [*FREE, "grid"])
-def test_adopted_are_the_open_trials_that_nobody_recorded_with_their_parameters(
-    tmp_path: Path, name: Sampler
-) -> None:
+def test_a_pack_that_is_cut_anywhere_is_dropped_and_proposed_again(tmp_path: Path, name: Sampler) -> None:
+    # A driver that dies while it asks leaves some of the pack, the last one with some of its parameters.
     space = make_space(CELLS, sampler="grid") if name == "grid" else make_space()
     sampler = open_sampler(tmp_path, name, space=space)
-    proposals = [sampler.ask() for _ in range(6)]
-    sampler.tell(1, Status.COMPLETED, [1.0, 2.0])
-    sampler.tell(2, Status.INFEASIBLE, None)
-    again = open_sampler(tmp_path, name, space=space)
-    adopted = again.adopt([0, 1, 2, 4])
-    assert [(proposal.trial, proposal.params) for proposal in adopted] == [
-        (3, proposals[3].params),
-        (5, proposals[5].params),
-    ]
-    assert {proposal.seen for proposal in adopted} == {2}
-    assert again.adopt([0, 1, 2, 3, 4, 5]) == []
-    assert again.ask().trial == 6
-
-
-@pytest.mark.parametrize("name", ["random", "grid"])
-def test_a_journal_cut_anywhere_gives_the_same_proposals_again(tmp_path: Path, name: Sampler) -> None:
-    # A driver that dies while it asks leaves a trial with some of its parameters, and half a line.
-    space = make_space(CELLS, sampler="grid") if name == "grid" else make_space()
-    sampler = open_sampler(tmp_path, name, space=space)
-    proposals = [sampler.ask()]
+    asked, ended = {}, {}
+    for number in range(12):
+        asked[number] = sampler.ask().params
+        values = [float(number), float(-number % 5)]
+        ended[number] = Ended(Status.COMPLETED, values)
+        sampler.tell(number, *ended[number])
     journal = tmp_path / "optuna.journal"
     start = journal.stat().st_size
-    proposals += [sampler.ask() for _ in range(2)]
+    pack = sampler.ask_together(4, ())
+    sampler.flush()
     content = journal.read_bytes()
-    for cut in range(start, len(content), 41):
+    for cut in (*range(start, len(content), 97), len(content)):
         journal.write_bytes(content[:cut])
         again = open_sampler(tmp_path, name, space=space)
-        adopted = again.adopt([0])
-        rest = [again.ask() for _ in range(2 - len(adopted))]
-        assert [*adopted, *rest] == proposals[1:]
-        again.tell(1, Status.COMPLETED, [1.0, 2.0])
-        states = [trial.state for trial in load_study(tmp_path).trials]
-        assert states == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.RUNNING]
+        if left := again.unrecorded(asked):
+            assert left == list(range(12, 12 + len(left)))
+            again.restate(asked, ended)
+        assert again.unrecorded(asked) == []
+        assert again.disagreements(asked, ended) == {}
+        assert again.ask_together(4, ()) == pack
+
+
+def test_a_study_that_is_written_anew_keeps_the_parents_of_its_generations(tmp_path: Path) -> None:
+    def drive(sampler: OptunaSampler, trials: int) -> list[dict[str, Any]]:
+        found = []
+        for _ in range(trials):
+            proposal = sampler.ask()
+            found.append(proposal.params)
+            ended[proposal.trial] = Ended(Status.COMPLETED, values_of(proposal.params))
+            sampler.tell(proposal.trial, *ended[proposal.trial])
+        return found
+
+    ended: dict[int, Ended] = {}
+    whole = drive(OptunaSampler(make_space(), name="nsga2", seed=0, journal=tmp_path / "a", study="a"), 170)
+    ended.clear()
+    sampler = OptunaSampler(make_space(), name="nsga2", seed=0, journal=tmp_path / "b", study="b")
+    parts = drive(sampler, 130)
+    sampler.restate(dict(enumerate(parts)), ended)
+    assert parts + drive(sampler, 40) == whole
 
 
 @settings(max_examples=30)

@@ -40,6 +40,7 @@ from tests.sweeps import (
     SCENARIOS,
     check_ended,
     drive,
+    drive_scenario,
     make_space,
     metrics_of,
     outcome_of,
@@ -630,7 +631,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
     def outcome(name: str) -> dict[str, Any]:
         if name not in kept:
             folder = tmp_path_factory.mktemp("undisturbed")
-            drive(folder, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+            drive_scenario(folder, name)
             kept[name] = outcome_of(folder)
         return kept[name]
 
@@ -642,33 +643,33 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 def test_a_sweep_stopped_at_any_event_ends_as_if_it_had_not_been(
     tmp_path: Path, name: str, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
-    space, trials, losses, every = SCENARIOS[name]
-    for stop_at in range(1, 200, every):
+    scenario = SCENARIOS[name]
+    for stop_at in range(1, 200, scenario.every):
         folder = tmp_path / str(stop_at)
         try:
-            drive(folder, space, trials=trials, losses=losses, stop_at=stop_at)
+            drive_scenario(folder, name, losses=scenario.losses, stop_at=stop_at)
         except Stopped:
-            drive(folder, space, trials=trials, seed=stop_at)
-            check_ended(folder, space, trials=trials)
+            drive_scenario(folder, name, seed=stop_at)
+            check_ended(folder, scenario.space, trials=scenario.trials)
             assert outcome_of(folder) == undisturbed(name)
         else:
             break
-    assert stop_at > trials, "the sweep ended before it could be stopped"
+    assert stop_at > scenario.trials, "the sweep ended before it could be stopped"
 
 
 @pytest.mark.usefixtures("row_by_row")
 def test_a_sweep_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(
     tmp_path: Path, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
-    for name, (space, trials, _, _) in SCENARIOS.items():
+    for name, scenario in SCENARIOS.items():
         folder = tmp_path / name
         for stop_at in [1, 2, 3, 4, 5, 6, 5, 4, 5, 6, 7, 8, None]:
             try:
-                drive(folder, space, trials=trials, stop_at=stop_at, seed=stop_at or 0)
+                drive_scenario(folder, name, stop_at=stop_at, seed=stop_at or 0)
                 break
             except Stopped:
                 pass
-        check_ended(folder, space, trials=trials)
+        check_ended(folder, scenario.space, trials=scenario.trials)
         assert outcome_of(folder) == undisturbed(name)
 
 
@@ -677,7 +678,7 @@ def test_a_disk_that_fills_up_at_any_write_leaves_a_sweep_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
     name = "prerequisites and failures"
-    space, trials, _, _ = SCENARIOS[name]
+    space, trials = SCENARIOS[name].space, SCENARIOS[name].trials
     for last in range(1, 400, 10):
         folder = tmp_path / str(last)
         prepare(folder, space)
@@ -710,7 +711,7 @@ def test_a_clock_that_jumps_changes_no_result_and_no_time_is_negative(
     chance = random.Random(0)
     real = time.time
     monkeypatch.setattr("time.time", lambda: real() + chance.choice([0, 0, 3600, -3600, 86400 * 365]))
-    drive(tmp_path, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+    drive_scenario(tmp_path, name)
     check_ended(tmp_path, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
     assert outcome_of(tmp_path) == undisturbed(name)
     assert all(row["seconds"] is None or row["seconds"] >= 0 for row in trials_of(tmp_path))
@@ -722,7 +723,7 @@ def test_a_sweep_waits_for_room_on_a_full_disk_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
     name = "prerequisites and failures"
-    space, trials, _, _ = SCENARIOS[name]
+    space, trials = SCENARIOS[name].space, SCENARIOS[name].trials
     waits: list[float] = []
     shown: list[str] = []
     monkeypatch.setattr("orchestrator.sweep.time.sleep", waits.append)
@@ -762,7 +763,7 @@ def _die_at_write(folder: Path, name: str, last: int, torn: int) -> None:
 
     os.fsync = die
     worker_module._FLUSH_SECONDS = -1.0
-    drive(folder, SCENARIOS[name].space, trials=SCENARIOS[name].trials)
+    drive_scenario(folder, name)
 
 
 @pytest.mark.parametrize("torn", [0, 3])
@@ -772,7 +773,7 @@ def test_a_driver_killed_at_any_write_leaves_a_sweep_that_goes_on(
 ) -> None:
     # A real death: no handler runs, locks stay, and the write that was under way may be torn.
     name = "random with duplicates"
-    space, trials, _, _ = SCENARIOS[name]
+    space, trials = SCENARIOS[name].space, SCENARIOS[name].trials
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
     for last in range(1 + torn, 400, 13):

@@ -1,6 +1,7 @@
 """What a sampler is shown of a long study: enough to go on, the same after a stop, and no more."""
 
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from jobs.spec import Status
 from orchestrator import window as window_module
-from orchestrator.sampler import OptunaSampler
-from orchestrator.window import Window, WindowedSampler
+from orchestrator.sampler import OptunaSampler, Proposal
+from orchestrator.window import Window, WindowedSampler, latest_generations, shown
 from search_spaces.base import Float
 from tests.sweeps import make_space
 
@@ -92,7 +93,8 @@ class Spy(RandomSampler):
 
 def test_a_sampler_sees_all_of_a_short_study_and_the_window_of_a_long_one() -> None:
     spy, window = Spy(), Window(["maximize"])
-    study = optuna.create_study(direction="maximize", sampler=WindowedSampler(spy, window))
+    sampler = WindowedSampler(spy, lambda study: shown(study, window))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     for number in range(30):
         trial = study.ask()
         value = trial.suggest_float("y", 0, 1)
@@ -105,39 +107,73 @@ def test_a_sampler_sees_all_of_a_short_study_and_the_window_of_a_long_one() -> N
 
 
 def drive_sampler(sampler: OptunaSampler, trials: int) -> list[dict[str, Any]]:
+    """Three run at any time, and every seventh breaks a constraint."""
     found = []
+    running: deque[Proposal] = deque()
     for _ in range(trials):
         proposal = sampler.ask()
         found.append(proposal.params)
-        y = proposal.params["y"]
-        sampler.tell(proposal.trial, Status.COMPLETED, [y, (y - 0.7) ** 2])
+        running.append(proposal)
+        if len(running) > 2:
+            told = running.popleft()
+            y = told.params["y"]
+            status = Status.COMPLETED if told.trial % 7 else Status.INFEASIBLE
+            sampler.tell(told.trial, status, [y, (y - 0.7) ** 2] if told.trial % 7 else None)
     sampler.flush()
     return found
 
 
-def test_a_driver_that_goes_on_proposes_what_the_first_one_would_have(tmp_path: Path) -> None:
-    def opened(name: str) -> OptunaSampler:
-        return OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / name, study="study")
+@pytest.mark.parametrize(("name", "trials"), [("tpe", 40), ("nsga2", 130)])
+def test_a_driver_that_goes_on_proposes_what_the_first_one_would_have(
+    tmp_path: Path, name: str, trials: int
+) -> None:
+    whole, parts = opened(tmp_path / "whole", name), opened(tmp_path / "parts", name)
+    proposed, told = [], deque[tuple[int, float]]()
+    for number in range(trials):
+        if number == trials // 2:
+            parts.flush()
+            parts = opened(tmp_path / "parts", name)
+        first, second = whole.ask(), parts.ask()
+        proposed.append((first.params, second.params))
+        told.append((number, first.params["y"]))
+        if len(told) > 2:
+            trial, y = told.popleft()
+            for sampler in (whole, parts):
+                sampler.tell(trial, Status.COMPLETED, [y, (y - 0.7) ** 2])
+    assert all(one == other for one, other in proposed)
 
-    whole = drive_sampler(opened("whole"), 40)
-    parts = drive_sampler(opened("parts"), 17) + drive_sampler(opened("parts"), 23)
-    assert parts == whole
+
+def opened(path: Path, name: str) -> OptunaSampler:
+    return OptunaSampler(SPACE, name=name, seed=3, journal=path, study="study")
+
+
+def bare(inner: BaseSampler, show: object) -> BaseSampler:
+    """What the sampler is without a window."""
+    return inner
 
 
 def test_below_its_length_the_window_changes_no_proposal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_module, "LATEST", 1000)
-    ours = drive_sampler(
-        OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / "study", study="study"), 30
-    )
-
-    def bare(inner: BaseSampler, window: Window) -> BaseSampler:
-        assert isinstance(inner, TPESampler)
-        return inner
-
+    ours = drive_sampler(opened(tmp_path / "ours", "tpe"), 30)
     monkeypatch.setattr("orchestrator.sampler.WindowedSampler", bare)
-    plain = drive_sampler(
-        OptunaSampler(SPACE, name="tpe", seed=3, journal=tmp_path / "plain", study="study"), 30
-    )
-    assert ours == plain
+    assert drive_sampler(opened(tmp_path / "plain", "tpe"), 30) == ours
+
+
+def test_what_nsga2_is_shown_changes_no_proposal_and_is_no_more_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def noted(study: optuna.Study) -> optuna.Study:
+        found = latest_generations(study)
+        sizes.append(len(found.get_trials(deepcopy=False)))
+        return found
+
+    monkeypatch.setattr("orchestrator.sampler.latest_generations", noted)
+    ours = drive_sampler(opened(tmp_path / "ours", "nsga2"), 500)
+    # Two generations of 50 complete trials and of infeasible ones, and the parents of both and of the next.
+    assert max(sizes) < 2 * 50 * 7 / 6 + 3 * 50 + 5
+    monkeypatch.setattr("orchestrator.sampler.WindowedSampler", bare)
+    assert drive_sampler(opened(tmp_path / "plain", "nsga2"), 500) == ours
