@@ -1,7 +1,7 @@
 """Fronts that are found when whole packs are proposed at once, beside those of Optuna's one by one.
 
-Run by `python -m benchmarks.orchestrator`. Two packs are always under way, as with two workers, so that
-each is proposed without knowing what became of the one before.
+Run by `python -m benchmarks.orchestrator`. Three packs are always under way, as with two workers and one
+that waits for them, so that each is proposed without knowing what became of the two before.
 """
 
 import math
@@ -19,7 +19,7 @@ from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import pack_limit
 from search_spaces.base import Domain, Float, Grid, Int, Objective, Space
 
-TRIALS, WORKERS, MAX_PACK, SEEDS = 300, 2, 16, 10
+TRIALS, WORKERS, QUEUED, MAX_PACK, SEEDS = 300, 2, 1, 16, 10
 Values = tuple[float, float]
 
 
@@ -109,7 +109,7 @@ def hypervolume(problem: Problem, *, seed: int, in_packs: bool) -> float:
         sampler = OptunaSampler(space, name="tpe", seed=seed, journal=Path(folder) / "study", study="study")
         asked = 0
         while asked < TRIALS or running:
-            if asked < TRIALS and len(running) < WORKERS:
+            if asked < TRIALS and len(running) < WORKERS + QUEUED:
                 count = pack_limit(unasked=TRIALS - asked, workers=WORKERS, max_pack=MAX_PACK)
                 asked += count
                 running.append(

@@ -16,15 +16,19 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
 
 from benchmarks import fronts
 from benchmarks.machine import describe
 from benchmarks.simulation import Simulation
-from jobs.spec import Status
-from orchestrator.sampler import Ended, OptunaSampler
+from orchestrator.journal import Journal
+from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import load_space
 from storage.query import open_sweep
 
@@ -34,6 +38,8 @@ SPACE = Path(__file__).parent / "nothing_space.py"
 UNEVEN = Path(__file__).parent / "uneven_space.py"
 TRIALS = 300
 ASKED = 10
+POPULATION = 50
+"""Of NSGA-II, as in Optuna."""
 SAMPLED = (100, 1_000, 10_000, 100_000)
 SWEEPS: dict[str, tuple[str, ...]] = {
     "tpe": (),
@@ -68,40 +74,67 @@ def _run(space: Path, folder: Path, *settings: str) -> None:
     subprocess.run([*command, *settings], check=True, capture_output=True, text=True)
 
 
-def bench_busy(place: Path, name: str, *settings: str) -> float:
-    """Share of their time that two workers are busy with trials of 0.05 to 1 s, until none waits any more."""
+def bench_busy(place: Path, name: str, *settings: str) -> dict[str, float]:
+    """Share of their time that two workers are busy with trials of 0.05 to 1 s, until the queue is empty."""
     folder = place / name
     _run(UNEVEN, folder, *settings)
     packs = open_sweep(folder).rows(
         "SELECT min(started) AS began, max(finished) AS ended FROM attempts GROUP BY attempt"
     )
     first, last = min(pack["began"] for pack in packs), max(pack["began"] for pack in packs)
-    busy = sum(min(pack["ended"], last) - min(pack["began"], last) for pack in packs)
-    return float(busy / (2 * (last - first)))
+    end = max(pack["ended"] for pack in packs)
+    before = sum(min(pack["ended"], last) - pack["began"] for pack in packs)
+    whole = sum(pack["ended"] - pack["began"] for pack in packs)
+    return {
+        "to the last start": before / (2 * (last - first)),
+        "to the last result": whole / (2 * (end - first)),
+    }
 
 
 def bench_sampler(trials: int) -> dict[str, float]:
-    """Milliseconds that a proposal takes once so many trials have ended, alone or in a pack of 16."""
-    space = load_space(SPACE).space
-    values = np.random.default_rng(0).uniform(size=(trials, 5))
-    asked = {number: dict(zip("abcde", row.tolist(), strict=True)) for number, row in enumerate(values)}
-    ended = {
-        number: Ended(Status.COMPLETED, [row["a"] + row["b"] + row["c"], row["d"] - row["e"]])
-        for number, row in asked.items()
-    }
-    found = {}
+    """Milliseconds that a proposal takes once so many trials have ended, alone or in packs of 16."""
     with tempfile.TemporaryDirectory() as folder:
+        found = {}
         for name in ("tpe", "nsga2"):
-            sampler = OptunaSampler(space, name=name, seed=0, journal=Path(folder) / name, study="study")
-            sampler.restate(asked, ended)
-            for count in (1, 16):
-                sampler.ask_together(count, ())
-                began = time.perf_counter()
-                for _ in range(ASKED):
-                    sampler.ask_together(count, ())
-                seconds = time.perf_counter() - began
-                found[f"{name}, {count}"] = 1e3 * seconds / (ASKED * count)
+            sampler = _long_study(Path(folder) / name, name, trials)
+            found[f"{name}, 1"] = _per_proposal(sampler, 1)
+            found[f"{name}, 16"] = _per_proposal(sampler, 16)
+            found[f"{name}, 16 that share one"] = _per_proposal(sampler, 16, shared=("a",))
     return found
+
+
+def _per_proposal(sampler: OptunaSampler, count: int, *, shared: Sequence[str] = ()) -> float:
+    sampler.ask_together(count, shared)
+    began = time.perf_counter()
+    for _ in range(ASKED):
+        sampler.ask_together(count, shared)
+    return 1e3 * (time.perf_counter() - began) / (ASKED * count)
+
+
+def _long_study(path: Path, name: str, trials: int) -> OptunaSampler:
+    """A sampler whose study has so many trials, in generations as NSGA-II makes them."""
+    space = load_space(SPACE).space
+    journal = Journal(path)
+    directions = [objective.direction for objective in space.objectives]
+    storage = JournalStorage(cast(BaseJournalBackend, journal))
+    study = optuna.create_study(storage=storage, study_name="study", directions=directions)
+    points = np.random.default_rng(0).uniform(size=(trials, 5))
+    for number, point in enumerate(points):
+        generation = number // POPULATION
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(zip("abcde", point.tolist(), strict=True)),
+                distributions={name: FloatDistribution(0.0, 1.0) for name in "abcde"},
+                values=[float(point[:3].sum()), float(point[3] - point[4])],
+                system_attrs={"NSGAIISampler:generation": generation},
+            )
+        )
+        if number % POPULATION == POPULATION - 1:
+            parents = list(range(number + 1 - POPULATION, number + 1))
+            key = f"NSGAIISampler:parent:{generation + 1}"
+            study._storage.set_study_system_attr(study._study_id, key, parents)
+    journal.flush()
+    return OptunaSampler(space, name=name, seed=0, journal=path, study="study")
 
 
 def bench_memory() -> dict[str, float]:

@@ -116,8 +116,8 @@ class Simulation:
         )
 
     def _propose(self) -> None:
-        """As `Sweep` does: a group at a time, until every idle worker has a pack to take."""
-        while self._asked < self._trials and self._scheduler.runnable < self._idle:
+        """As `Sweep` does: a group at a time, until every idle worker has a pack and one waits."""
+        while self._asked < self._trials and self._scheduler.runnable < self._idle + 1:
             unasked = self._trials - self._asked
             count = pack_limit(unasked=unasked, workers=self._workers, max_pack=_MAX_PACK)
             first = self._proposals.ask()
