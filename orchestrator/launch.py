@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -128,37 +128,37 @@ def _drive(
     sampler = open_sampler(folder, space, config)
     remote_uri = config.results and sweep_uri(config.results, stored.identity["sweep"])
     remote = Remote(remote_uri) if remote_uri else None
-    backup = Backup(folder, remote) if remote else None
-    pool = RayPool(folder, config, loaded, remote_uri)
-    mirror = BackgroundMirror(folder, config.mlflow)
-    warm_up()
     kept: list[Path] = []
     is_complete = False
-    try:
-        with ConsoleProgress(console) as progress:
-            sweep = Sweep(
-                folder,
-                space=space,
-                config=config,
-                trials=trials,
-                sampler=sampler,
-                pool=pool,
-                donors=donors,
-                progress=progress,
-                on_result=mirror.notify,
-                is_asked_to_stop=interrupts.is_asked_to_stop,
-                remote=remote,
-            )
-            tally = sweep.run()
-        if interrupts.is_asked_to_stop() and tally.done < trials:
-            raise KeyboardInterrupt
-        is_complete = True
-        pool.close()
-        report = write_report(folder)
-        kept = [report, *sorted(report.parent.glob("*.png"))]
-    finally:
-        pool.close()
-        mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
-        if backup is not None:
-            backup.close()
+    with ExitStack() as stack:
+        if remote is not None:
+            stack.enter_context(closing(Backup(folder, remote)))
+        pool = stack.enter_context(closing(RayPool(folder, config, loaded, remote_uri)))
+        warm_up()
+        mirror = BackgroundMirror(folder, config.mlflow)
+        try:
+            with ConsoleProgress(console) as progress:
+                sweep = Sweep(
+                    folder,
+                    space=space,
+                    config=config,
+                    trials=trials,
+                    sampler=sampler,
+                    pool=pool,
+                    donors=donors,
+                    progress=progress,
+                    on_result=mirror.notify,
+                    is_asked_to_stop=interrupts.is_asked_to_stop,
+                    remote=remote,
+                )
+                tally = sweep.run()
+            if interrupts.is_asked_to_stop() and tally.done < trials:
+                raise KeyboardInterrupt
+            is_complete = True
+            pool.close()
+            report = write_report(folder)
+            kept = [report, *sorted(report.parent.glob("*.png"))]
+        finally:
+            pool.close()
+            mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
     return "" if tally.done == trials else tally.stopping

@@ -23,7 +23,7 @@ class Backup:
         remote: Where to.
 
     Raises:
-        SpecError: If another driver copies the sweep there.
+        SpecError: If another driver copies the sweep there, or has gone on with it.
         StoreError: If the first copy fails; later failures are one warning.
     """
 
@@ -34,7 +34,8 @@ class Backup:
         self._warned: set[str] = set()
         self._lease = Lease(folder, remote)
         try:
-            remote.put_new(folder)
+            remote.check_behind(folder)
+            remote.put_new(folder, self._lease.holds)
         except BaseException:
             self._lease.end()
             raise
@@ -54,8 +55,7 @@ class Backup:
 
     def _copy(self) -> None:
         try:
-            if self._lease.renew():
-                self._remote.put_new(self._folder)
+            if self._lease.holds() and self._remote.put_new(self._folder, self._lease.holds):
                 self._warned.discard(_BEHIND)
             else:
                 self._warn(_TAKEN)

@@ -1,21 +1,21 @@
 """Who drives a sweep whose files are in a bucket: drivers that share no disk see each other there."""
 
 import hashlib
-import socket
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from jobs.errors import SpecError
-from storage.durable import StoreError
+from storage.durable import StoreError, publish
 from storage.remote import DRIVERS, Remote
 
 _FRESH_SECONDS = 120.0
+_RENEW_SECONDS = 30.0
 
 
 class Lease:
-    """A file of this driver's own among those of its sweep, renewed for as long as it runs.
+    """A file of this driver's own among those of its sweep, renewed when it is asked whether it holds.
 
     Times are those of the clock over there. Who starts at the same moment as another is refused with it.
 
@@ -31,9 +31,7 @@ class Lease:
     def __init__(self, folder: Path, remote: Remote) -> None:
         self._folder = folder
         self._remote = remote
-        # Who goes on in the same folder of the same machine holds its lock: nobody else runs there.
-        here = f"{socket.gethostname()} {uuid.getnode()} {folder.resolve()}"
-        self._path = DRIVERS + hashlib.sha256(here.encode()).hexdigest()[:16]
+        self._path = DRIVERS + _name(folder)
         if (other := self._claim()) is not None:
             raise SpecError(f"the sweep is being run by {other}")
 
@@ -53,17 +51,19 @@ class Lease:
             self._remote.remove(path)
         return None
 
-    def renew(self) -> bool:
-        """Show that this driver runs; False if another one has taken the sweep.
+    def holds(self) -> bool:
+        """Whether the sweep is still this driver's. To be asked before each write, at no cost mostly.
 
         Raises:
             StoreError: If that cannot be found out.
         """
-        if time.monotonic() - self._renewed > _FRESH_SECONDS:  # others take it for dead by now
+        age = time.monotonic() - self._renewed
+        if age > _FRESH_SECONDS:  # others take it for dead by now
             return self._claim() is None
-        if self._path not in self._remote.files(DRIVERS):
-            return False
-        self._put()
+        if age > _RENEW_SECONDS:
+            if self._path not in self._remote.files(DRIVERS):
+                return False
+            self._put()
         return True
 
     def _put(self) -> None:
@@ -74,3 +74,14 @@ class Lease:
         """Give it back; one that cannot be is old soon."""
         with suppress(StoreError):
             self._remote.remove(self._path)
+
+
+def _name(folder: Path) -> str:
+    """What tells a folder from every other, also from a copy of it.
+
+    Who goes on in the same folder holds its lock: nobody else runs there, whatever its machine is called.
+    """
+    path = folder / "driver"
+    if not path.is_file():
+        publish(path, uuid.uuid4().hex.encode())
+    return hashlib.sha256(f"{path.read_text()} {path.stat().st_ino}".encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from jobs.errors import SpecError, first_line
 from storage.durable import DiskFull, StoreError, cannot_write
 
-_OWN = ("lock", "logs/", "mlflow.db", "mlartifacts/")
+_OWN = ("lock", "driver", "logs/", "mlflow.db", "mlartifacts/")
 """What says something about one machine, or is made anew from the rest."""
 _MANIFESTS = ("manifest", "scores")
 _NEVER_CHANGE = ("artifacts/", "manifest/", "scores/", "tables/")
@@ -119,11 +120,18 @@ class Remote:
         except OSError as error:
             raise StoreError(f"cannot read {self._root}/{path}: {first_line(error)}") from error
 
-    def put_new(self, folder: Path) -> None:
+    def put_new(self, folder: Path, may_write: Callable[[], bool] = lambda: True) -> bool:
         """Copy there what is new or has changed in a sweep's folder.
 
         A death in between leaves a sweep that is whole as it was at some moment: manifests go last, and no
         entry of them that was not there before anything was copied.
+
+        Args:
+            folder: The sweep's folder.
+            may_write: Asked before each file.
+
+        Returns:
+            Whether it was allowed to the end.
 
         Raises:
             StoreError: If that fails.
@@ -139,8 +147,27 @@ class Remote:
             name = str(path.relative_to(folder))
             changed = path.stat().st_mtime_ns
             if self._there.get(name) not in (_SAME, changed):
+                if not may_write():
+                    return False
                 self.put(folder, name)
                 self._there[name] = changed
+        return True
+
+    def check_behind(self, folder: Path) -> None:
+        """Refuse to copy a folder over a sweep that somebody else has gone on with.
+
+        Raises:
+            SpecError: If there are results there that the folder lacks.
+            StoreError: If that cannot be found out.
+        """
+        for name in _MANIFESTS:
+            there = sorted(path for path in self.files(f"{name}/") if path.endswith(".json"))
+            # Entries never change and name files that nobody else has: where the latest is the same, all are.
+            if there and self.text(there[-1]) != _text(folder / there[-1]):
+                raise SpecError(
+                    f"{self._root} holds results of this sweep that {folder} lacks: another driver has gone "
+                    "on with it; `steersweep fetch` brings all of it into a new folder, to go on there"
+                )
 
     def fetch_all(self, folder: Path) -> int:
         """Copy the whole sweep into a folder; how many files that were.
@@ -171,6 +198,10 @@ class Remote:
             for info in found
             if info.type == FileType.File
         }
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _size(path: Path) -> int | None:

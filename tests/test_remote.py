@@ -227,7 +227,7 @@ def test_a_backup_that_fails_later_is_one_warning(
 
     tries: list[Path] = []
 
-    def refuse(self: Remote, folder: Path) -> None:
+    def refuse(self: Remote, folder: Path, may_write: object) -> None:
         tries.append(folder)
         raise StoreError("no way there")
 
@@ -244,11 +244,19 @@ def make_driver(folder: Path) -> Path:
     return folder
 
 
+def copied(folder: Path) -> Path:
+    """What another machine has of a driver's folder."""
+    other = folder.with_name("second")
+    shutil.copytree(folder, other)
+    (other / "lock").write_text("ada on second, process 7")
+    return other
+
+
 def test_a_second_driver_of_a_sweep_in_a_bucket_is_refused_with_the_name_of_the_first(
     tmp_path: Path, uri: str
 ) -> None:
     first = Backup(make_driver(tmp_path / "first"), Remote(uri))
-    second = make_driver(tmp_path / "second")
+    second = copied(tmp_path / "first")
     with pytest.raises(SpecError, match=r"being run by ada on first, process 7, which was there \d s ago"):
         Backup(second, Remote(uri))
     Backup(tmp_path / "first", Remote(uri)).close()  # who goes on where it was left
@@ -262,16 +270,21 @@ def test_a_driver_that_was_not_heard_of_for_long_is_followed_by_another_and_copi
 ) -> None:
     first = Backup(make_driver(tmp_path / "first"), Remote(uri))
     monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
-    second = Backup(make_driver(tmp_path / "second"), Remote(uri))
+    second = Backup(copied(tmp_path / "first"), Remote(uri))
     monkeypatch.setattr("storage.lease._FRESH_SECONDS", 60.0)
-    copied: list[str] = []
-    real = Remote.put_new
-    monkeypatch.setattr(
-        Remote, "put_new", lambda self, folder: (copied.append(folder.name), real(self, folder))
-    )
+    monkeypatch.setattr("storage.lease._RENEW_SECONDS", 0.0)
+    written: list[str] = []
+    real = Remote.put
+
+    def put(self: Remote, folder: Path, path: str, *, to: str | None = None) -> None:
+        written.append(folder.name)
+        real(self, folder, path, to=to)
+
+    monkeypatch.setattr(Remote, "put", put)
+    (tmp_path / "first" / "ledger.jsonl").touch()
     first.close()
     second.close()
-    assert copied == ["second"]
+    assert set(written) == {"second"}
     assert sum("another driver has taken the sweep" in record.message for record in caplog.records) == 1
     assert Remote(uri).files("drivers") == {}
     Remote(uri).fetch_all(tmp_path / "brought")
@@ -283,14 +296,53 @@ def test_a_driver_that_wakes_up_late_yields_to_the_one_that_followed(
 ) -> None:
     first = Lease(make_driver(tmp_path / "first"), Remote(uri))
     monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
-    second = Lease(make_driver(tmp_path / "second"), Remote(uri))
+    second = Lease(copied(tmp_path / "first"), Remote(uri))
     monkeypatch.setattr("storage.lease._FRESH_SECONDS", 60.0)
     Remote(uri).put(tmp_path / "first", "lock", to=first._path)  # it was about to when the other took over
     first._renewed -= 100
-    assert not first.renew()
-    assert second.renew()
+    assert not first.holds()
+    assert second.holds()
     second.end()
     assert Remote(uri).files("drivers") == {}
+
+
+def test_a_long_copy_is_given_up_when_another_driver_has_taken_the_sweep(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_driver(tmp_path / "first")
+    lease, remote = Lease(folder, Remote(uri)), Remote(uri)
+    allowed: list[bool] = []
+
+    def may_write() -> bool:
+        if len(allowed) == 3:  # it takes so long that others take this driver for dead
+            monkeypatch.setattr("storage.lease._FRESH_SECONDS", -5.0)
+            Lease(copied(folder), Remote(uri))
+            monkeypatch.setattr("storage.lease._FRESH_SECONDS", 60.0)
+            lease._renewed -= 100
+        allowed.append(lease.holds())
+        return allowed[-1]
+
+    assert not remote.put_new(folder, may_write)
+    assert allowed == [True, True, True, False]
+    assert not Remote(uri).files("manifest")
+
+
+def test_a_folder_that_is_behind_is_not_copied_over_what_another_driver_has_added(
+    tmp_path: Path, uri: str
+) -> None:
+    stale = make_driver(tmp_path / "first")
+    Backup(stale, Remote(uri)).close()
+    Remote(uri).fetch_all(tmp_path / "second")
+    Backup(make_driver(tmp_path / "second"), Remote(uri)).close()
+    drive(tmp_path / "second", SPACE, trials=8)
+    Backup(tmp_path / "second", Remote(uri)).close()
+    before = Remote(uri).files()
+    with pytest.raises(SpecError, match=r"results of this sweep that .*first lacks.*steersweep fetch"):
+        Backup(stale, Remote(uri))
+    drive(stale, SPACE, trials=8)  # as many results, but others
+    with pytest.raises(SpecError, match="another driver has gone on"):
+        Backup(stale, Remote(uri))
+    assert Remote(uri).files() == before
 
 
 @pytest.mark.ray
