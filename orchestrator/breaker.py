@@ -10,6 +10,10 @@ logger = logging.getLogger(__name__)
 
 _DEATHS_IN_A_ROW = 20
 _DEATHS_OF_A_NODE = 5
+_NONE_STARTED = (
+    "could not be started: perhaps this machine has a Ray token and the cluster takes none "
+    "(RAY_AUTH_MODE=disabled), or another version of Ray or Python"
+)
 
 
 class Breaker:
@@ -22,6 +26,7 @@ class Breaker:
     def __init__(self) -> None:
         self.avoided: set[str] = set()
         self._deaths = 0
+        self._has_started = False
         self._node_deaths: Counter[str] = Counter()
 
     def delivered(self, node: str) -> None:
@@ -42,10 +47,12 @@ class Breaker:
         """
         last = reason.strip().rpartition("\n")[2]
         self._deaths += 1
+        self._has_started |= node is not None
         if self._deaths > _DEATHS_IN_A_ROW:
+            what = "died and none gave a delivery in between" if self._has_started else _NONE_STARTED
             raise SteersweepError(
-                f"{self._deaths} workers died and none gave a delivery in between; the last one said: "
-                f"{last}; mend that, then `steersweep resume`"
+                f"{self._deaths} workers {what}; the last one said: {last}; mend that, then "
+                "`steersweep resume`"
             )
         if node is None:
             return

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import ray
@@ -39,14 +40,16 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
         common |= {"num_cpus": cpus, "include_dashboard": False}
     else:
-        common |= {"runtime_env": {"py_modules": [str(package) for package in packages]}} if packages else {}
         if address != "auto":
             _check_listening(address)
         # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address or "local", **common)
+        with TemporaryDirectory() as empty:
+            if address is not None and packages:
+                common["runtime_env"] = _shipped(packages, empty)
+            ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(f"no Ray cluster at {address!r}: {first_line(error)}; {_ADDRESS_HINT}") from error
     try:
@@ -55,6 +58,20 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
         yield
     finally:
         ray.shutdown()
+
+
+def _shipped(packages: Sequence[Path], empty: str) -> dict[str, Any]:
+    """What brings this machine's packages to the workers, in the place of any that they have.
+
+    Without a working_dir, and be it an empty folder, Ray lets workers import first from where the driver was
+    started: whatever lies at that path on their machine.
+    """
+    has_one = "working_dir" in os.environ.get(_SUBMITTED, "")
+    return {"py_modules": list(map(str, packages)), **({} if has_one else {"working_dir": empty})}
+
+
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by `ray job submit`, which may have given a working_dir already; Ray takes only one."""
 
 
 def placement(config: RunConfig, **labels: str) -> dict[str, Any]:

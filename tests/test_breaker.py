@@ -14,6 +14,14 @@ def test_deaths_without_a_delivery_in_between_end_the_sweep_with_the_last_reason
         breaker.died(None, "some text\nthe last straw", others=())
 
 
+def test_workers_that_never_started_are_said_to_be_that() -> None:
+    breaker = Breaker()
+    for _ in range(20):
+        breaker.died(None, "refused", others=())
+    with pytest.raises(SteersweepError, match=r"21 workers could not be started: .*RAY_AUTH_MODE.*: refused"):
+        breaker.died(None, "refused", others=())
+
+
 def test_a_delivery_in_between_makes_deaths_bad_luck() -> None:
     breaker = Breaker()
     for _ in range(100):

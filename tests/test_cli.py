@@ -203,7 +203,14 @@ def ray_head() -> Iterator[str]:
 def test_a_sweep_runs_on_a_cluster_that_is_there_already_with_what_another_has_stored(
     finished: dict[str, Any], place: Path, ray_head: str
 ) -> None:
-    done = steersweep(*run_arguments(place, "cluster"), "--address", ray_head, "--reuse", place / "finished")
+    # Workers take the driver's code, whatever lies on their machine where it was started.
+    (place / "elsewhere" / "jobs").mkdir(parents=True)
+    (place / "elsewhere" / "jobs" / "__init__.py").write_text("raise RuntimeError('other code')")
+    command = [Path(sys.executable).with_name("steersweep"), *run_arguments(place, "cluster")]
+    command += ["--address", ray_head, "--reuse", place / "finished"]
+    done = subprocess.run(
+        command, cwd=place / "elsewhere", capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     found, expected = (
         {
