@@ -94,6 +94,7 @@ class Simulation:
         tenths: list[tuple[float, int]] = []
         drained: float | None = None
         while self._settled < self._trials:
+            self._dispatch()
             self._propose()
             self._dispatch()
             if drained is None and self._asked == self._trials and self._scheduler.runnable == 0:

@@ -32,6 +32,7 @@ class Breaker:
     def delivered(self, node: str) -> None:
         """A worker on a node has done something."""
         self._deaths = 0
+        self._has_started = True
         self._node_deaths.pop(node, None)
 
     def died(self, node: str | None, reason: str, *, others: Iterable[str | None]) -> None:

@@ -140,7 +140,9 @@ def _study(kept: _Kept) -> list[_Examination]:
             sampler.tell(number, *ended[number])
         sampler.flush()
 
+    cut_short = ["the study"] if sampler.was_cut_short else []
     return [
+        *_found("study", "writing it anew was cut short", cut_short, lambda: sampler.restate(asked, ended)),
         *_found(
             "study", "it differs from what is kept", _lines(wrong), lambda: sampler.restate(asked, ended)
         ),
@@ -177,7 +179,8 @@ def _artifacts(kept: _Kept) -> list[_Examination]:
 
 
 def _leftovers(kept: _Kept) -> list[_Examination]:
-    listed = {file.path for store in (kept.store, scores_of(kept.folder)) for file in store.files()}
+    stores = (kept.store, scores_of(kept.folder))
+    listed = {path for store in stores for path in (*(file.path for file in store.files()), *store.replaced)}
     written = {str(path.relative_to(kept.folder)) for path in kept.folder.glob("tables/**/*.parquet")}
     paths = [kept.folder / path for path in sorted(written - listed)] + list(staging_files(kept.folder))
 

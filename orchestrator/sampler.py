@@ -1,6 +1,7 @@
 """Proposals from Optuna by ask and tell."""
 
 import hashlib
+import json
 import uuid
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -20,9 +21,9 @@ from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.pack_tpe import propose_pack
 from orchestrator.space_file import grid_cell
-from orchestrator.window import Window, WindowedSampler, latest_generations, shown
+from orchestrator.window import GENERATION, PARENTS, Window, WindowedSampler, latest_generations, shown
 from search_spaces.base import Domain, Float, Grid, Int, Space
-from storage.durable import StoreError
+from storage.durable import StoreError, publish
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -98,6 +99,7 @@ class OptunaSampler:
         self._seed = seed
         self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
         self._path = journal
+        self._own_path = journal.with_name("optuna.attributes.json")
         self._study_name = study
         self._database = None if storage is None else open_database(storage)
         self._open()
@@ -210,6 +212,11 @@ class OptunaSampler:
         """Trials that have ended and that the study has as running."""
         return sorted(ended.keys() - self._ended)
 
+    @property
+    def was_cut_short(self) -> bool:
+        """Whether a driver died while it wrote the study anew in a database."""
+        return self._own_path.is_file()
+
     @_storing
     def restate(self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]) -> None:
         """Write the study anew from what is kept, whole or not at all. Arguments as for `disagreements`.
@@ -217,12 +224,11 @@ class OptunaSampler:
         Raises:
             StoreError: If the disk refuses.
         """
-        before = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
-        parents = self._parents()
+        own = self._own_attributes(asked, ended)
         staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
         journal = None if self._database else Journal(staging)
         if self._database is not None:
-            # Not whole or not at all; but what is cut short here is found wanting and written anew next time.
+            publish(self._own_path, json.dumps(own._asdict()).encode())
             self.forget()
         study = _open_study(self._database or _in_file(journal), self._study_name, self._space)
         for number, params in sorted(asked.items()):
@@ -234,27 +240,38 @@ class OptunaSampler:
                     distributions=self._distributions,
                     values=None if end is None or _state(end) != TrialState.COMPLETE else end.values,
                     constraints=_INFEASIBLE if end is not None and end.status == Status.INFEASIBLE else None,
-                    system_attrs=before[number].system_attrs if number in before else None,
+                    system_attrs=own.trials.get(str(number)),
                 )
             )
         ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
-        for key, numbers in parents.items():
-            chosen = [ids[number] for number in numbers if number in ids]
+        for key, numbers in own.parents.items():
+            chosen = [ids[number] for number in numbers]
             study._storage.set_study_system_attr(study._study_id, key, chosen)
         if journal is not None:
             journal.flush()
             staging.replace(self._path)
+        self._own_path.unlink(missing_ok=True)
         self._open()
 
-    def _parents(self) -> dict[str, list[int]]:
-        """Numbers of the trials that NSGA-II chose as parents, once for each generation."""
-        numbers = {trial._trial_id: trial.number for trial in self._study.get_trials(deepcopy=False)}
+    def _own_attributes(self, asked: Container[int], ended: Container[int]) -> "_OwnAttributes":
+        """What the sampler has noted in the study, or had before that was cut short.
+
+        Parents that were chosen for a generation of which no trial is kept, or that have not ended any more,
+        are left out: who asks for the next trial chooses again.
+        """
+        if self.was_cut_short:
+            return _OwnAttributes(**json.loads(self._own_path.read_bytes()))
+        trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.number in asked]
+        latest = max((trial.system_attrs.get(GENERATION, 0) for trial in trials), default=0)
+        numbers = {trial._trial_id: trial.number for trial in trials if trial.number in ended}
         attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
-        return {
-            key: [numbers[trial_id] for trial_id in ids]
-            for key, ids in attributes.items()
-            if key.startswith(NSGAIISampler._get_parent_cache_key_prefix())
+        chosen = {f"{PARENTS}{generation}" for generation in range(latest + 1)} & attributes.keys()
+        parents = {
+            key: [numbers[trial_id] for trial_id in attributes[key]]
+            for key in chosen
+            if numbers.keys() >= set(attributes[key])
         }
+        return _OwnAttributes({str(trial.number): trial.system_attrs for trial in trials}, parents)
 
     @_storing
     def forget(self) -> None:
@@ -301,6 +318,18 @@ class OptunaSampler:
             fixed = grid_cell(self._space, number)
         sampler = _free_sampler(self._name, _derived_seed(self._seed, number), self._window)
         return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
+
+
+class _OwnAttributes(NamedTuple):
+    """What a sampler has noted in its study.
+
+    Attributes:
+        trials: Number of a trial, as text -> its attributes.
+        parents: Key of the study -> numbers of the trials that NSGA-II chose for a generation.
+    """
+
+    trials: dict[str, Any]
+    parents: dict[str, list[int]]
 
 
 _INFEASIBLE = {"infeasible": 1.0}

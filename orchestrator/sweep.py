@@ -118,14 +118,16 @@ class Sweep:
         try:
             while not self._is_over():
                 if not self._tally.stopping:
-                    self._propose()
                     self._dispatch()
                     self._propose()
+                    self._dispatch()
                 if self._is_over():
                     break
                 for event in self._pool.events(_POLL_SECONDS):
                     self._handle(event)
                 self._write(self._results.commit)
+                with suppress(DiskFull):  # it can be done at any later time
+                    self._store.compact()
                 self._check_stop()
                 self._show()
         except BaseException:
@@ -192,7 +194,8 @@ class Sweep:
         }
         params = {trial.trial: trial.params for trial in asked}
         ends = {number: self._results.end_of(row) for number, row in ended.items()}
-        if self._sampler.unrecorded(params) or self._sampler.disagreements(params, ends):
+        is_whole = not self._sampler.was_cut_short and not self._sampler.unrecorded(params)
+        if not is_whole or self._sampler.disagreements(params, ends):
             self._write(partial(self._sampler.restate, params, ends))
         self._write(self._ledger.taken_over)
         for trial in asked:

@@ -11,6 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.pareto import front
 
+GENERATION = NSGAIISampler._get_generation_key()
+"""Attribute of a trial that says which generation it is of."""
+PARENTS = NSGAIISampler._get_parent_cache_key_prefix()
+"""Attributes of a study that begin so name the trials that were chosen for a generation."""
 LATEST = 1000
 """Trials that have ended and are shown because they are the latest."""
 BEST = 200
@@ -95,23 +99,22 @@ def latest_generations(study: optuna.Study) -> optuna.Study:
     """
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
     first, latest = len(trials), None
-    while first and (latest is None or trials[first - 1].system_attrs.get(_GENERATION, latest) >= latest - 1):
+    while first and (latest is None or trials[first - 1].system_attrs.get(GENERATION, latest) >= latest - 1):
         first -= 1
         if latest is None and trials[first].state == TrialState.COMPLETE:
-            latest = trials[first].system_attrs.get(_GENERATION)
+            latest = trials[first].system_attrs.get(GENERATION)
     parents = _parents(study, latest or 0)
+    if latest and not parents:  # they were chosen by nobody, and are chosen from all
+        return study
     earlier = [trial for trial in trials[:first] if trial._trial_id in parents]
     return _Shown(study, [*earlier, *trials[first:]])
 
 
-_GENERATION = NSGAIISampler._get_generation_key()
-
-
 def _parents(study: optuna.Study, latest: int) -> set[int]:
+    """Ids of those chosen for a generation and its neighbours; none if none were chosen for itself."""
     attributes = study._storage.get_study_system_attrs(study._study_id)
-    prefix = NSGAIISampler._get_parent_cache_key_prefix()
-    wanted = (latest - 1, latest, latest + 1)
-    return {trial_id for generation in wanted for trial_id in attributes.get(f"{prefix}{generation}", ())}
+    near = [attributes.get(f"{PARENTS}{generation}", ()) for generation in (latest, latest - 1, latest + 1)]
+    return {trial_id for ids in near for trial_id in ids} if near[0] else set()
 
 
 class WindowedSampler(BaseSampler):

@@ -32,6 +32,7 @@ class Lease:
         self._folder = folder
         self._remote = remote
         self._path = DRIVERS + _name(folder)
+        self._is_lost = False
         if (other := self._claim()) is not None:
             raise SpecError(f"the sweep is being run by {other}")
 
@@ -52,28 +53,33 @@ class Lease:
         return None
 
     def holds(self) -> bool:
-        """Whether the sweep is still this driver's. To be asked before each write, at no cost mostly.
+        """Whether the sweep is still this driver's; what is lost stays lost. To be asked before each write.
 
         Raises:
             StoreError: If that cannot be found out.
         """
-        age = time.monotonic() - self._renewed
-        if age > _FRESH_SECONDS:  # others take it for dead by now
-            return self._claim() is None
-        if age > _RENEW_SECONDS:
-            if self._path not in self._remote.files(DRIVERS):
-                return False
-            self._put()
-        return True
+        age = _clock() - self._renewed
+        if not self._is_lost and age > _RENEW_SECONDS:
+            # Who takes a sweep removes the lease of the one before. After so long others may just be at it.
+            is_there = self._path in self._remote.files(DRIVERS)
+            self._is_lost = not is_there or (age > _FRESH_SECONDS and self._claim() is not None)
+            if not self._is_lost:
+                self._put()
+        return not self._is_lost
 
     def _put(self) -> None:
         self._remote.put(self._folder, "lock", to=self._path)
-        self._renewed = time.monotonic()
+        self._renewed = _clock()
 
     def end(self) -> None:
         """Give it back; one that cannot be is old soon."""
         with suppress(StoreError):
             self._remote.remove(self._path)
+
+
+def _clock() -> float:
+    """Seconds that no setting of the clock changes; where possible, those of a suspended machine count."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _name(folder: Path) -> str:

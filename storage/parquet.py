@@ -131,7 +131,10 @@ class TableStream:
             StoreError: If the disk refuses.
             KeyError, TypeError, ValueError: As `columns_to_arrow` does; nothing is added then.
         """
-        chunk = columns_to_arrow(self._table, columns)
+        self.append(columns_to_arrow(self._table, columns))
+
+    def append(self, chunk: pa.Table) -> None:
+        """Add rows that have the table's schema. Raises StoreError if the disk refuses."""
         self.rows += chunk.num_rows
         self.buffered_bytes += chunk.nbytes
         self._buffered.append(chunk)
@@ -262,12 +265,13 @@ def _cell(value: Any, column: Column) -> Any:
 
 def read_rows(folder: Path, table: str, files: Iterable[TableFile]) -> list[dict[str, Any]]:
     """All rows of the listed files of one table. Raises StoreError if one is not what was written."""
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        if file.table == table:
-            try:
-                rows += pq.read_table(folder / file.path, schema=arrow_schema(table)).to_pylist()
-            except (OSError, pa.ArrowException) as error:
-                why = " ".join(str(error).split())
-                raise StoreError(f"{folder / file.path} is not what was written: {why}") from error
-    return rows
+    return [row for file in files if file.table == table for row in read_table(folder, file).to_pylist()]
+
+
+def read_table(folder: Path, file: TableFile) -> pa.Table:
+    """A listed file. Raises StoreError if it is not what was written."""
+    try:
+        return pq.read_table(folder / file.path, schema=arrow_schema(file.table))
+    except (OSError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise StoreError(f"{folder / file.path} is not what was written: {why}") from error

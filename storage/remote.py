@@ -13,7 +13,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from jobs.errors import SpecError, first_line
 from storage.durable import DiskFull, StoreError, cannot_write
 
-_OWN = ("lock", "driver", "logs/", "mlflow.db", "mlartifacts/")
+_OWN = ("lock", "driver", "optuna.attributes.json", "logs/", "mlflow.db", "mlartifacts/")
 """What says something about one machine, or is made anew from the rest."""
 _MANIFESTS = ("manifest", "scores")
 _NEVER_CHANGE = ("artifacts/", "manifest/", "scores/", "tables/")
@@ -145,6 +145,8 @@ class Remote:
         entries = sorted(path for name in _MANIFESTS for path in folder.glob(f"{name}/[0-9]*.json"))
         for path in (*_files_of(folder), *entries):
             name = str(path.relative_to(folder))
+            if not path.exists():  # its rows are in another file by now
+                continue
             changed = path.stat().st_mtime_ns
             if self._there.get(name) not in (_SAME, changed):
                 if not may_write():

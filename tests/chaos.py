@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from orchestrator import worker as worker_module
 from orchestrator.journal import Journal
 from orchestrator.sampler import OptunaSampler
+from storage import compaction
 from storage import store as store_module
 from storage.durable import Log
 from storage.store import Store
@@ -34,6 +35,8 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
     "write of a worker's table": (worker_module, "write_table"),
     "write of the driver's table": (store_module, "write_table"),
     "commit": (Store, "commit"),
+    "write of a compacted table": (compaction, "put_together"),
+    "compaction": (Store, "compact"),
     "sync": (os, "fsync"),
     "rename": (Path, "replace"),
     "tell": (OptunaSampler, "tell"),

@@ -20,6 +20,11 @@ def test_workers_that_never_started_are_said_to_be_that() -> None:
         breaker.died(None, "refused", others=())
     with pytest.raises(SteersweepError, match=r"21 workers could not be started: .*RAY_AUTH_MODE.*: refused"):
         breaker.died(None, "refused", others=())
+    breaker.delivered("a")
+    for _ in range(20):
+        breaker.died(None, "refused", others=())
+    with pytest.raises(SteersweepError, match="21 workers died"):
+        breaker.died(None, "refused", others=())
 
 
 def test_a_delivery_in_between_makes_deaths_bad_luck() -> None:

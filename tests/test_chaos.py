@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator import folder as folder_module
 from orchestrator import worker as worker_module
+from storage import compaction
 from storage.mlflow_log import Mirror
 from tests.chaos import BOUNDARIES, MLFLOW_BOUNDARIES, When, count_lines, kill_at, kill_at_line, toll
 from tests.mirrored import commit, make_database, make_sweep, runs_of
@@ -39,9 +40,10 @@ def killed(target: Callable[..., None], *arguments: Any) -> bool:
 
 
 def quick_start(folder: Path, name: str) -> None:
-    """What dies here is a process, not a machine; and a worker delivers row by row."""
+    """What dies here is a process, not a machine; a worker delivers row by row, and few files are many."""
     os.fsync = lambda file: None
     worker_module._FLUSH_SECONDS = -1.0
+    compaction.MANY = 3
     folder_module.provenance = dict
     prepare(folder, SCENARIOS[name].space, workers=SCENARIOS[name].workers)
 
@@ -63,6 +65,7 @@ def _no_machine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(folder_module, "provenance", dict)
     monkeypatch.setattr(worker_module, "_FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(compaction, "MANY", 3)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,21 @@ import optuna
 import psycopg
 import pytest
 from mlflow import MlflowClient
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState
 
 from jobs.errors import SpecError
+from jobs.spec import Status
 from orchestrator.config import make_config
-from orchestrator.sampler import OptunaSampler
-from search_spaces.base import Space
+from orchestrator.sampler import Ended, OptunaSampler
+from search_spaces.base import Float, Int, Space
 from storage.durable import StoreError
 from storage.query import open_sweep
 from tests.command import refused, results, run_arguments, steersweep
 from tests.fakes import Stopped
 from tests.mirrored import free_port
 from tests.postgres import postgresql
-from tests.sweeps import SCENARIOS, check_ended, drive, outcome_of
+from tests.sweeps import SCENARIOS, check_ended, drive, make_space, outcome_of
 
 NAME = "random with duplicates"
 
@@ -113,6 +116,56 @@ def test_a_study_that_was_cut_short_while_it_was_written_anew_is_written_again(
     assert len(told()) == 4
     drive(tmp_path, space, trials=trials)
     assert told() == before
+
+
+@pytest.mark.parametrize("last", ["a trial", "the parents"])
+def test_nsga2_proposes_the_same_after_its_study_was_written_anew_twice(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    space = make_space({"x": Int(low=0, high=99), "y": Float(low=0, high=1)}, sampler="nsga2", trials=130)
+    ended: dict[int, Ended] = {}
+
+    def proposed(sampler: OptunaSampler, trials: int) -> list[dict[str, Any]]:
+        found = []
+        for _ in range(trials):
+            trial, params, *_ = sampler.ask()
+            found.append(params)
+            ended[trial] = Ended(Status.COMPLETED, [params["x"] * params["y"], params["x"] - params["y"]])
+            sampler.tell(trial, *ended[trial])
+        return found
+
+    study = {"name": "nsga2", "seed": 0, "study": "study"}
+    whole = proposed(OptunaSampler(space, journal=tmp_path / "journal", **study), 120)
+    ended.clear()
+    parts = proposed(open_sampler(tmp_path, space, database), 110)
+    sampler = open_sampler(tmp_path, space, database)
+    with monkeypatch.context() as patch:
+        cut_short(patch, last)
+        with pytest.raises(Stopped):
+            sampler.restate(dict(enumerate(parts)), ended)
+    again = open_sampler(tmp_path, space, database)
+    assert again.was_cut_short
+    again.restate(dict(enumerate(parts)), ended)
+    assert not again.was_cut_short
+    assert parts + proposed(again, 10) == whole
+
+
+def cut_short(patch: pytest.MonkeyPatch, last: str) -> None:
+    """Stop whoever writes a study anew, at its 60th trial or when it comes to the parents of NSGA-II."""
+    add, note, calls = optuna.Study.add_trial, _CachedStorage.set_study_system_attr, count()
+
+    def add_trial(self: optuna.Study, trial: Any) -> None:
+        if last == "a trial" and next(calls) == 60:
+            raise Stopped
+        add(self, trial)
+
+    def set_study_system_attr(self: _CachedStorage, study: int, key: str, value: Any) -> None:
+        if last == "the parents" and "parent" in key:
+            raise Stopped
+        note(self, study, key, value)
+
+    patch.setattr(optuna.Study, "add_trial", add_trial)
+    patch.setattr(_CachedStorage, "set_study_system_attr", set_study_system_attr)
 
 
 def test_a_server_that_goes_away_is_one_line(tmp_path: Path) -> None:

@@ -301,8 +301,10 @@ def test_a_driver_that_wakes_up_late_yields_to_the_one_that_followed(
     Remote(uri).put(tmp_path / "first", "lock", to=first._path)  # it was about to when the other took over
     first._renewed -= 100
     assert not first.holds()
+    assert not first.holds(), "what is lost stays lost"
     assert second.holds()
     second.end()
+    assert not first.holds()
     assert Remote(uri).files("drivers") == {}
 
 

@@ -22,9 +22,9 @@ from hypothesis.extra import numpy as arrays
 
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
-from storage import parquet
+from storage import compaction, parquet
 from storage.artifacts import read_artifact, write_artifact
-from storage.durable import Log, StoreError, publish, read_log, remove_staging
+from storage.durable import DiskFull, Log, StoreError, publish, read_log, remove_staging
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
 from storage.lock import driving
 from storage.parquet import TableStream, read_rows, write_table
@@ -522,6 +522,88 @@ def test_a_result_is_accepted_once(tmp_path: Path) -> None:
 def test_a_commit_of_nothing_writes_nothing(tmp_path: Path) -> None:
     Store(tmp_path).commit([Part((), ())], trials=[], attempts=[])
     assert files_under(tmp_path) == {}
+
+
+def scattered_store(folder: Path, commits: int) -> Store:
+    store = Store(folder)
+    for number in range(commits):
+        metrics = [{"spec": f"s{number}", "split": "select", "name": "x", "value": float(number)}]
+        trial = {"trial": number, "spec": f"s{number}", "state": "completed", "finished": 1.0 * number}
+        result = StoredResult(f"s{number}", "failed" if number == 2 else "completed", None)
+        store.commit([Part((), (result,))], trials=[trial], metrics=metrics)
+    return store
+
+
+def rows_of(store: Store) -> dict[str, list[dict[str, Any]]]:
+    return {table: store.rows(table) for table in ("trials", "metrics")}
+
+
+def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MANY", 4)
+    store = scattered_store(tmp_path, 7)
+    before, early_reader = rows_of(store), Store(tmp_path)
+    store.compact()
+    assert rows_of(store) == rows_of(Store(tmp_path)) == rows_of(early_reader) == before
+    assert [len(store.files(table)) for table in ("trials", "metrics")] == [1, 1]
+    assert Store(tmp_path).results == store.results
+    store.compact()
+    assert len(list((tmp_path / "manifest").iterdir())) == 8, "there is nothing to do"
+
+
+def test_what_compaction_has_replaced_is_removed_when_nobody_reads_it_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MANY", 4)
+    store = scattered_store(tmp_path, 4)
+    store.compact()
+    before = rows_of(store)
+    assert len(list(tmp_path.glob("tables/*/*"))) == 10
+    Store(tmp_path).compact()
+    assert len(list(tmp_path.glob("tables/*/*"))) == 10, "somebody may be reading"
+    monkeypatch.setattr("storage.store._READ_SECONDS", -1.0)
+    Store(tmp_path).compact()
+    assert len(list(tmp_path.glob("tables/*/*"))) == 2
+    assert rows_of(Store(tmp_path)) == before
+
+
+def test_compaction_keeps_apart_what_was_withdrawn_and_what_large_files_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MANY", 2)
+    store = scattered_store(tmp_path, 5)
+    store.withdraw(["s2"])
+    again = {"trial": 2, "spec": "s2", "state": "completed", "finished": 9.0}
+    store.commit([Part((), (StoredResult("s2", "completed", None),))], trials=[again])
+    store.commit([Part((), (StoredResult("s9", "completed", None),))], trials=[{"trial": 9, "spec": "s9"}])
+    before, withdrawn = rows_of(store), store.withdrawn_trials()
+    assert [row["trial"] for row in before["trials"]] == [0, 1, 3, 4, 2, 9]
+    store.compact()
+    assert rows_of(Store(tmp_path)) == before
+    assert Store(tmp_path).withdrawn_trials() == withdrawn == [(2, 2.0)]
+    assert len(store.files("trials")) == 6
+    monkeypatch.setattr(compaction, "SMALL_BYTES", 0)
+    assert compaction.scattered(store.files()) == []
+
+
+def test_compaction_on_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "MANY", 4)
+    store = scattered_store(tmp_path, 4)
+    before, files = rows_of(store), sorted(tmp_path.rglob("*"))
+    real = Path.replace
+    calls = iter(range(9))
+
+    def refuse(self: Path, target: Path) -> Path:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(DiskFull):
+        store.compact()
+    assert sorted(tmp_path.rglob("*")) == files
+    assert rows_of(store) == rows_of(Store(tmp_path)) == before
 
 
 def test_more_commits_than_the_file_names_have_digits_stay_in_order(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Float, Grid, Int, Objective, Space
-from storage import donors as donors_module
+from storage import durable
 from storage.artifacts import read_artifact, write_artifact
 from storage.donors import Donors
 from storage.durable import DiskFull, StoreError
@@ -324,6 +324,21 @@ def test_a_worker_is_not_left_idle_while_the_prerequisites_of_others_run(tmp_pat
     assert pool.most_idle == 0
 
 
+def test_no_idle_worker_waits_for_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for owner, name in ((OptunaSampler, "ask_together"), (InlinePool, "start")):
+        real = getattr(owner, name)
+
+        def noted(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            calls.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+    space = make_space({"x": Int(low=0, high=99)}, sampler="random", trials=12)
+    drive(tmp_path, space, trials=12, workers=1, max_pack=1)
+    assert calls == ["ask_together", *["start", "ask_together"] * 11, "start"]
+
+
 class _WatchfulPool(InlinePool):
     """Notes how many workers have nothing to do although not everything was asked for."""
 
@@ -603,19 +618,20 @@ class TestReuse:
         with pytest.raises(SpecError, match="holds no sweep"):
             Donors([tmp_path])
 
+    @pytest.mark.parametrize("writer", ["donors", "store"])
     def test_what_is_taken_waits_for_room_on_a_full_disk(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
     ) -> None:
         drive(tmp_path / "donor", self.space(), trials=4)
         fake_source.RAN.clear()
-        real, waits = donors_module.publish, iter([True, True, False])
+        real, waits = durable.publish, iter([True, True, False])
 
         def refuse(path: Path, content: bytes) -> None:
             if next(waits, False):
                 raise DiskFull(f"cannot write {path}: No space left on device")
             real(path, content)
 
-        monkeypatch.setattr(donors_module, "publish", refuse)
+        monkeypatch.setattr(f"storage.{writer}.publish", refuse)
         monkeypatch.setattr("orchestrator.sweep._FULL_DISK_SECONDS", 0.0)
         drive(tmp_path / "sweep", self.space(), trials=4, reuse=[tmp_path / "donor"])
         assert next(waits, None) is None
