@@ -118,13 +118,14 @@ class Sweep:
         try:
             while not self._is_over():
                 if not self._tally.stopping:
-                    self._dispatch()
                     self._propose()
                     self._dispatch()
                 if self._is_over():
                     break
                 for event in self._pool.events(_POLL_SECONDS):
                     self._handle(event)
+                if not (self._tally.stopping or self._is_asked_to_stop()):
+                    self._dispatch()  # nobody waits for the disk, or for the sampler
                 self._write(self._results.commit)
                 with suppress(DiskFull):  # it can be done at any later time
                     self._store.compact()
