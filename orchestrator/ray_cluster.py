@@ -3,10 +3,10 @@
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import ray
@@ -40,15 +40,14 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
         cpus = max(os.cpu_count() or 1, config.workers * config.cpus_per_worker)
         common |= {"num_cpus": cpus, "include_dashboard": False}
     else:
+        common |= {"runtime_env": {"py_modules": list(map(str, packages))}} if packages else {}
         if address != "auto":
             _check_listening(address)
         # A head takes tokens wherever one exists, and Ray's client does not look for it by itself.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        with TemporaryDirectory() as empty:
-            if address is not None and packages:
-                common["runtime_env"] = _shipped(packages, empty)
+        with _imports_as_here():
             ray.init(address=address or "local", **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(f"no Ray cluster at {address!r}: {first_line(error)}; {_ADDRESS_HINT}") from error
@@ -60,18 +59,22 @@ def connected(config: RunConfig, address: str | None, packages: Sequence[Path] =
         ray.shutdown()
 
 
-def _shipped(packages: Sequence[Path], empty: str) -> dict[str, Any]:
-    """What brings this machine's packages to the workers, in the place of any that they have.
+@contextmanager
+def _imports_as_here() -> Iterator[None]:
+    """Workers of a Ray that is started or joined inside the block import what this process does.
 
-    Without a working_dir, and be it an empty folder, Ray lets workers import first from where the driver was
-    started: whatever lies at that path on their machine.
+    Ray lets them import first from the folder where it is called, and from the same path on other machines,
+    whatever lies there.
     """
-    has_one = "working_dir" in os.environ.get(_SUBMITTED, "")
-    return {"py_modules": list(map(str, packages)), **({} if has_one else {"working_dir": empty})}
-
-
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by `ray job submit`, which may have given a working_dir already; Ray takes only one."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    try:
+        with chdir("/"):
+            yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def placement(config: RunConfig, **labels: str) -> dict[str, Any]:

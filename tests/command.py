@@ -1,5 +1,6 @@
 """The command as a user calls it, and a tiny sweep to call it on."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,22 @@ def steersweep(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def steersweep_beside_other_code(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command as it is installed, called in a folder with a package of the same name as one of ours."""
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    (folder / "jobs" / "__init__.py").write_text("raise RuntimeError('other code')")
+    command = [Path(sys.executable).with_name("steersweep"), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def run_arguments(place: Path, out: str) -> list[str | Path]:

@@ -14,7 +14,7 @@ from hypothesis import settings
 from jobs.engine.loading import load_replica
 from jobs.engine.replica import Replica
 from jobs.spec import ModelRef
-from tests.command import SPACE, run_arguments, steersweep
+from tests.command import SPACE, run_arguments, steersweep_beside_other_code
 from tests.models import save_tiny
 
 # The same examples every time: a run says something about the change, not about luck.
@@ -40,6 +40,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(place: Path) -> dict[str, Any]:
     """What the command said of a sweep in `place / "finished"`."""
-    done = steersweep(*run_arguments(place, "finished"))
+    done = steersweep_beside_other_code(place / "elsewhere", *run_arguments(place, "finished"))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -14,7 +14,7 @@ import pytest
 
 from jobs.directions.vector_files import read_vectors
 from storage.query import open_sweep
-from tests.command import refused, results, run_arguments, steersweep
+from tests.command import refused, results, run_arguments, steersweep, steersweep_beside_other_code
 
 pytestmark = pytest.mark.ray
 
@@ -204,13 +204,8 @@ def test_a_sweep_runs_on_a_cluster_that_is_there_already_with_what_another_has_s
     finished: dict[str, Any], place: Path, ray_head: str
 ) -> None:
     # Workers take the driver's code, whatever lies on their machine where it was started.
-    (place / "elsewhere" / "jobs").mkdir(parents=True)
-    (place / "elsewhere" / "jobs" / "__init__.py").write_text("raise RuntimeError('other code')")
-    command = [Path(sys.executable).with_name("steersweep"), *run_arguments(place, "cluster")]
-    command += ["--address", ray_head, "--reuse", place / "finished"]
-    done = subprocess.run(
-        command, cwd=place / "elsewhere", capture_output=True, text=True, timeout=240, check=False
-    )
+    arguments = [*run_arguments(place, "cluster"), "--address", ray_head, "--reuse", place / "finished"]
+    done = steersweep_beside_other_code(place / "elsewhere", *arguments)
     assert done.returncode == 0, done.stderr
     found, expected = (
         {
