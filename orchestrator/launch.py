@@ -20,8 +20,8 @@ from orchestrator.ray_cluster import connected
 from orchestrator.ray_pool import RayPool
 from orchestrator.reopening import open_sampler
 from orchestrator.report import write_report
-from orchestrator.sampler import open_database
 from orchestrator.space_file import SpaceFile, check_space
+from orchestrator.study import open_database
 from orchestrator.sweep import Sweep
 from search_spaces.base import Space
 from storage.background_mirror import BackgroundMirror

@@ -11,7 +11,8 @@ from jobs.spec import Spec, Status, choosing_split, is_defined
 from orchestrator.budget import Budget
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
-from orchestrator.sampler import Ended, OptunaSampler
+from orchestrator.sampler import OptunaSampler
+from orchestrator.study import Ended
 from search_spaces.base import Space, broken
 from storage.artifacts import Artifact
 from storage.donors import Donors

@@ -7,22 +7,32 @@ import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import Trial, TrialState
 
-from jobs.errors import SpecError, first_line
+from jobs.errors import first_line
 from jobs.spec import Status
 from orchestrator.journal import Journal
 from orchestrator.pack_tpe import propose_pack
 from orchestrator.space_file import grid_cell
-from orchestrator.window import GENERATION, PARENTS, Window, WindowedSampler, latest_generations, shown
-from search_spaces.base import Domain, Float, Grid, Int, Space
+from orchestrator.study import (
+    INFEASIBLE,
+    Ended,
+    OwnAttributes,
+    disagreements,
+    distributions_of,
+    in_file,
+    open_database,
+    open_study,
+    own_attributes,
+    write_trials,
+)
+from orchestrator.window import Window, WindowedSampler, latest_generations, shown
+from search_spaces.base import Space
 from storage.durable import StoreError, publish
 
 Given = ParamSpec("Given")
@@ -43,19 +53,6 @@ class Proposal(NamedTuple):
     params: dict[str, Any]
     seen: int
     fixed: tuple[str, ...] = ()
-
-
-class Ended(NamedTuple):
-    """How a trial has ended.
-
-    Attributes:
-        status: Failed teaches the sampler nothing, infeasible that a constraint said no.
-        values: The objectives, all finite; None if not all are defined, which only a completed trial may not
-            have.
-    """
-
-    status: Status
-    values: Sequence[float] | None = None
 
 
 def _storing(method: Callable[Given, Found]) -> Callable[Given, Found]:
@@ -97,7 +94,7 @@ class OptunaSampler:
         self._space = space
         self._name = name
         self._seed = seed
-        self._distributions = {key: _distribution(domain) for key, domain in space.parameters.items()}
+        self._distributions = distributions_of(space)
         self._path = journal
         self._own_path = journal.with_name("optuna.attributes.json")
         self._study_name = study
@@ -107,7 +104,7 @@ class OptunaSampler:
     @_storing
     def _open(self) -> None:
         self._journal = None if self._database else Journal(self._path)
-        self._study = _open_study(self._database or _in_file(self._journal), self._study_name, self._space)
+        self._study = open_study(self._database or in_file(self._journal), self._study_name, self._space)
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
@@ -179,34 +176,8 @@ class OptunaSampler:
     def disagreements(
         self, asked: Mapping[int, Mapping[str, Any]], ended: Mapping[int, Ended]
     ) -> dict[int, str]:
-        """Where the study says something else than what is kept, as no death of a driver leaves it.
-
-        A trial that has ended and was not told yet is none.
-
-        Args:
-            asked: Trial -> its parameters.
-            ended: Trial -> how it ended, for those that have.
-
-        Returns:
-            Trial -> what is wrong.
-        """
-        study = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
-        wrong: dict[int, str] = {}
-        for number, params in asked.items():
-            found = study.get(number)
-            if found is None:
-                wrong[number] = "the study lacks it"
-            elif found.params != params:
-                wrong[number] = f"the study has it with {found.params}, the ledger with {dict(params)}"
-            elif found.state.is_finished() and number not in ended:
-                wrong[number] = f"the study has it as {found.state.name}, and it has no result"
-            elif found.state.is_finished() and found.state != _state(ended[number]):
-                wrong[number] = (
-                    f"the study has it as {found.state.name}, its result is {ended[number].status}"
-                )
-            elif found.state == TrialState.COMPLETE and found.values != list(ended[number].values or ()):
-                wrong[number] = f"the study has its objectives as {found.values}"
-        return wrong
+        """As `orchestrator.study.disagreements` says of its study."""
+        return disagreements(self._study, asked, ended)
 
     def untold(self, ended: Mapping[int, Ended]) -> list[int]:
         """Trials that have ended and that the study has as running."""
@@ -224,54 +195,22 @@ class OptunaSampler:
         Raises:
             StoreError: If the disk refuses.
         """
-        own = self._own_attributes(asked, ended)
+        own = self._read_own() if self.was_cut_short else own_attributes(self._study, asked, ended)
         staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
         journal = None if self._database else Journal(staging)
         if self._database is not None:
             publish(self._own_path, json.dumps(own._asdict()).encode())
             self.forget()
-        study = _open_study(self._database or _in_file(journal), self._study_name, self._space)
-        for number, params in sorted(asked.items()):
-            end = ended.get(number)
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=TrialState.RUNNING if end is None else _state(end),
-                    params=dict(params),
-                    distributions=self._distributions,
-                    values=None if end is None or _state(end) != TrialState.COMPLETE else end.values,
-                    constraints=_INFEASIBLE if end is not None and end.status == Status.INFEASIBLE else None,
-                    system_attrs=own.trials.get(str(number)),
-                )
-            )
-        ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
-        for key, numbers in own.parents.items():
-            chosen = [ids[number] for number in numbers]
-            study._storage.set_study_system_attr(study._study_id, key, chosen)
+        study = open_study(self._database or in_file(journal), self._study_name, self._space)
+        write_trials(study, asked, ended, own, self._distributions)
         if journal is not None:
             journal.flush()
             staging.replace(self._path)
         self._own_path.unlink(missing_ok=True)
         self._open()
 
-    def _own_attributes(self, asked: Container[int], ended: Container[int]) -> "_OwnAttributes":
-        """What the sampler has noted in the study, or had before that was cut short.
-
-        Parents that were chosen for a generation of which no trial is kept, or that have not ended any more,
-        are left out: who asks for the next trial chooses again.
-        """
-        if self.was_cut_short:
-            return _OwnAttributes(**json.loads(self._own_path.read_bytes()))
-        trials = [trial for trial in self._study.get_trials(deepcopy=False) if trial.number in asked]
-        latest = max((trial.system_attrs.get(GENERATION, 0) for trial in trials), default=0)
-        numbers = {trial._trial_id: trial.number for trial in trials if trial.number in ended}
-        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
-        chosen = {f"{PARENTS}{generation}" for generation in range(latest + 1)} & attributes.keys()
-        parents = {
-            key: [numbers[trial_id] for trial_id in attributes[key]]
-            for key in chosen
-            if numbers.keys() >= set(attributes[key])
-        }
-        return _OwnAttributes({str(trial.number): trial.system_attrs for trial in trials}, parents)
+    def _read_own(self) -> OwnAttributes:
+        return OwnAttributes(**json.loads(self._own_path.read_bytes()))
 
     @_storing
     def forget(self) -> None:
@@ -307,7 +246,7 @@ class OptunaSampler:
     def _set_infeasible(self, number: int) -> None:
         trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
         if not trial.constraints:
-            [(name, value)] = _INFEASIBLE.items()
+            [(name, value)] = INFEASIBLE.items()
             trial.set_constraint(name, value)
 
     def _plain(self, trial: Trial) -> dict[str, Any]:
@@ -318,68 +257,6 @@ class OptunaSampler:
             fixed = grid_cell(self._space, number)
         sampler = _free_sampler(self._name, _derived_seed(self._seed, number), self._window)
         return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
-
-
-class _OwnAttributes(NamedTuple):
-    """What a sampler has noted in its study.
-
-    Attributes:
-        trials: Number of a trial, as text -> its attributes.
-        parents: Key of the study -> numbers of the trials that NSGA-II chose for a generation.
-    """
-
-    trials: dict[str, Any]
-    parents: dict[str, list[int]]
-
-
-_INFEASIBLE = {"infeasible": 1.0}
-
-
-def _state(end: Ended) -> TrialState:
-    if end.status == Status.FAILED:
-        return TrialState.FAIL
-    return TrialState.PRUNED if end.values is None else TrialState.COMPLETE
-
-
-def _in_file(journal: Journal | None) -> BaseStorage:
-    return JournalStorage(cast(BaseJournalBackend, journal))
-
-
-def open_database(url: str) -> BaseStorage:
-    """Optuna's storage in a PostgreSQL database. Raises SpecError if that cannot be used."""
-    try:
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except ImportError as error:
-        raise SpecError(
-            "storage needs the package psycopg; install the extra `postgres` (pip install '.[postgres]')"
-        ) from error
-    except Exception as error:  # whatever SQLAlchemy and the driver make of a wrong address
-        why = first_line(error.__cause__ or error)
-        raise SpecError(
-            f"storage={url!r} cannot be used: {why}; give postgresql://user@host:port/database, with the "
-            "password in PGPASSWORD or ~/.pgpass, and a user who may make tables there"
-        ) from error
-
-
-def _open_study(storage: BaseStorage, name: str, space: Space) -> optuna.Study:
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        directions=[objective.direction for objective in space.objectives],
-        load_if_exists=True,
-    )
-    study.set_metric_names([objective.metric for objective in space.objectives])
-    return study
-
-
-def _distribution(domain: Domain) -> BaseDistribution:
-    match domain:
-        case Float():
-            return FloatDistribution(domain.low, domain.high, log=domain.log)
-        case Int():
-            return IntDistribution(domain.low, domain.high, log=domain.log)
-        case Grid():
-            return CategoricalDistribution(list(domain.values))
 
 
 def _only_value(domain: BaseDistribution) -> Any:

@@ -37,7 +37,7 @@ ALLOWED = {
 }
 IMPORTERS = {
     "ray": {"orchestrator.ray_pool", "orchestrator.ray_worker", "orchestrator.ray_cluster"},
-    "optuna": {"orchestrator.sampler", "orchestrator.window", "orchestrator.pack_tpe"},
+    "optuna": {"orchestrator.sampler", "orchestrator.study", "orchestrator.window", "orchestrator.pack_tpe"},
     "mlflow": {"storage.mlflow_log"},
     "pyarrow": {"storage.parquet", "storage.query", "storage.remote"},
     "duckdb": {"storage.query"},

@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator.config import make_config
-from orchestrator.sampler import Ended, OptunaSampler
+from orchestrator.sampler import OptunaSampler
+from orchestrator.study import Ended
 from search_spaces.base import Float, Int, Space
 from storage.durable import StoreError
 from storage.query import open_sweep

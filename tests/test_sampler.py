@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from jobs.spec import Status
-from orchestrator.sampler import Ended, OptunaSampler, Proposal
+from orchestrator.sampler import OptunaSampler, Proposal
+from orchestrator.study import Ended
 from search_spaces.base import Float, Grid, Int, Objective, Sampler, Space
 from storage.durable import StoreError
 
