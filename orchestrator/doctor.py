@@ -16,10 +16,11 @@ from orchestrator.reopening import journal_path, load_kept, open_sampler
 from orchestrator.results import Results
 from search_spaces.base import Space
 from storage.artifacts import Artifact, is_whole
-from storage.durable import drop_torn_line, is_torn, staging_files
+from storage.durable import StoreError, drop_torn_line, is_torn, staging_files
 from storage.ledger import Asked, ledger_path, read_asked
 from storage.lock import driver, driving
 from storage.mlflow_log import Mirror
+from storage.parquet import is_as_written
 from storage.scores import scores_of
 from storage.store import Store
 
@@ -85,7 +86,7 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
             stack.enter_context(driving(folder))
         findings: list[Finding] = []
         kept = _Kept(folder, file.space, config, Store(folder), read_asked(folder))
-        for look in (_torn_logs, _trials, _study, _artifacts, _leftovers, _mlflow):
+        for look in (_torn_logs, _tables, _trials, _study, _artifacts, _leftovers, _mlflow):
             for found in look(kept):
                 if repair and found.mend is not None:
                     found.mend()
@@ -127,13 +128,20 @@ def _trials(kept: _Kept) -> list[_Examination]:
 
 
 def _study(kept: _Kept) -> list[_Examination]:
-    sampler = open_sampler(kept.folder, kept.space, kept.config)
+    try:
+        sampler = open_sampler(kept.folder, kept.space, kept.config)
+    except StoreError as error:
+        return _found("study", "it cannot be read", [str(error)], lambda: _write_study(kept))
     budget = Budget(kept.config, kept.space.objectives)
     results = Results(kept.store, kept.space, sampler, Tally(total=0), budget, lambda: None)
     rows = {row["trial"]: row for row in kept.store.rows("trials")}
     asked = {trial.trial: trial.params for trial in kept.asked}
     ended = {number: results.end_of(row) for number, row in rows.items() if number in asked}
     wrong = sampler.disagreements(asked, ended)
+    withdrawn = {trial for trial, _ in kept.store.withdrawn_trials()}
+    gone = set(sampler.without_result(ended)) - withdrawn
+    # Where tables or ledger have lost something, the study may be the last that knows of it.
+    restate = None if gone or rows.keys() - asked.keys() else lambda: sampler.restate(asked, ended)
 
     def tell() -> None:
         for number in sampler.untold(ended):
@@ -142,10 +150,9 @@ def _study(kept: _Kept) -> list[_Examination]:
 
     cut_short = ["the study"] if sampler.was_cut_short else []
     return [
-        *_found("study", "writing it anew was cut short", cut_short, lambda: sampler.restate(asked, ended)),
-        *_found(
-            "study", "it differs from what is kept", _lines(wrong), lambda: sampler.restate(asked, ended)
-        ),
+        *_found("trials", "they ended, by the study; `resume` computes them again", sorted(gone), None),
+        *_found("study", "writing it anew was cut short", cut_short, restate),
+        *_found("study", "it differs from what is kept", _lines(wrong), restate),
         *_found(
             "study", "trials that have ended run there", sampler.untold(ended) if not wrong else [], tell
         ),
@@ -153,9 +160,31 @@ def _study(kept: _Kept) -> list[_Examination]:
             "leftovers",
             "trials of the study that nobody recorded",
             sampler.unrecorded(asked) if not wrong else [],
-            lambda: sampler.restate(asked, ended),
+            restate,
         ),
     ]
+
+
+def _write_study(kept: _Kept) -> None:
+    """Write the study's file anew, and keep the one that cannot be read."""
+    path = journal_path(kept.folder)
+    _set_aside(kept.folder, [path])
+    for found in _study(kept):
+        if found.mend is not None:
+            found.mend()
+
+
+def _set_aside(folder: Path, paths: Iterable[Path]) -> None:
+    """Move files where nothing reads them."""
+    for path in paths:
+        place = folder / "set_aside" / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+
+def _tables(kept: _Kept) -> list[_Examination]:
+    wrong = [file.path for file in kept.store.files() if not is_as_written(kept.folder, file)]
+    return _found("tables", "files are not what was written", wrong, None)
 
 
 def _lines(wrong: Mapping[Any, str]) -> list[str]:
@@ -182,13 +211,15 @@ def _leftovers(kept: _Kept) -> list[_Examination]:
     stores = (kept.store, scores_of(kept.folder))
     listed = {path for store in stores for path in (*(file.path for file in store.files()), *store.replaced)}
     written = {str(path.relative_to(kept.folder)) for path in kept.folder.glob("tables/**/*.parquet")}
-    paths = [kept.folder / path for path in sorted(written - listed)] + list(staging_files(kept.folder))
+    tables = [kept.folder / path for path in sorted(written - listed)]
+    halves = staging_files(kept.folder)
 
     def remove() -> None:
-        for path in paths:
+        _set_aside(kept.folder, tables)
+        for path in halves:
             path.unlink(missing_ok=True)
 
-    names = [path.relative_to(kept.folder) for path in paths]
+    names = [path.relative_to(kept.folder) for path in (*tables, *halves)]
     return _found("leftovers", "files of writers that died", names, remove)
 
 

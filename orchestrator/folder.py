@@ -12,7 +12,7 @@ from typing import Any
 from jobs.errors import SpecError
 from jobs.resolve import load_job
 from jobs.spec import UNSTEERED
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, make_config
 from orchestrator.planning import planned_trials
 from orchestrator.provenance import provenance
 from orchestrator.space_file import SpaceFile, column_types, data_grids
@@ -106,7 +106,7 @@ def extend(folder: Path, space: Space, config: RunConfig, trials: str) -> RunCon
         wanted = int(trials) + (identity["trials"] if trials.startswith("+") else 0)
         if wanted < (asked := len(read_asked(folder))):
             raise SpecError(f"--trials {trials}: {asked} trials were asked for already; give more")
-        config = RunConfig(**config.model_dump() | {"trials": wanted})
+        config = make_config(**config.model_dump() | {"trials": wanted})
         if (most := planned_trials(space, config)) < wanted:
             raise SpecError(f"--trials {trials}: the grid has {most} cells, and no more trials than that")
         kept = {**identity, "config": {**identity["config"], "trials": wanted}, "trials": wanted}

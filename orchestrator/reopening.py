@@ -12,6 +12,7 @@ from orchestrator.planning import Planner
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, load_space
 from search_spaces.base import Grid, Space
+from storage.durable import StoreError
 from storage.ledger import Ledger, read_asked, read_comparable
 from storage.lock import driving
 from storage.query import read_identity
@@ -76,8 +77,11 @@ def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:
 
     Raises:
         SpecError: If the folder holds no sweep, or a change is no field.
+        StoreError: If its `sweep.json` is not what was written.
     """
     identity = read_identity(folder)
+    if missing := {"space_file", "fixed", "config"} - identity.keys():
+        raise StoreError(f"{folder / 'sweep.json'} is not what was written: it lacks {sorted(missing)}")
     file = load_space(folder / "space.py", origin=Path(identity["space_file"]))
     # The paths of datasets as they were found then, whatever files there are now.
     grids = {name: Grid(values) for name, values in identity.get("data_grids", {}).items()}

@@ -104,7 +104,14 @@ class OptunaSampler:
     @_storing
     def _open(self) -> None:
         self._journal = None if self._database else Journal(self._path)
-        self._study = open_study(self._database or in_file(self._journal), self._study_name, self._space)
+        try:
+            self._study = open_study(self._database or in_file(self._journal), self._study_name, self._space)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            # Whatever Optuna makes of lines that it has not written.
+            raise StoreError(
+                f"{self._path} is not what was written ({error!r}); `steersweep doctor --repair` writes it "
+                "anew"
+            ) from error
         trials = self._study.get_trials(deepcopy=False)
         self._asked = len(trials)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
@@ -178,6 +185,10 @@ class OptunaSampler:
     ) -> dict[int, str]:
         """As `orchestrator.study.disagreements` says of its study."""
         return disagreements(self._study, asked, ended)
+
+    def without_result(self, ended: Container[int]) -> list[int]:
+        """Trials that the study has as ended and that have not."""
+        return sorted(number for number in self._ended if number not in ended)
 
     def untold(self, ended: Mapping[int, Ended]) -> list[int]:
         """Trials that have ended and that the study has as running."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +149,13 @@ def check_space(space: Space, model: ModelRef) -> None:
         ModelError: If the model is not to be had.
     """
     job = load_job(space.job)
-    if taken := sorted(set(space.parameters) & {column.name for column in TABLES["trials"]}):
-        raise SpecError(f"parameters {taken} are columns of the table trials; give them other names")
+    columns = [column.name for column in TABLES["trials"]]
+    times = Counter(name.casefold() for name in (*space.parameters, *columns))
+    if taken := sorted(name for name in space.parameters if times[name.casefold()] > 1):
+        raise SpecError(
+            f"parameters {taken} are columns of the table trials, or the same as others but for the case of "
+            "letters, which SQL does not tell apart; give them other names"
+        )
     staged = [constraint for stage in space.stages for constraint in stage.constraints]
     used: list[Objective | Constraint] = [*space.objectives, *space.constraints, *staged]
     for use in used:

@@ -44,16 +44,25 @@ class Int:
     log: bool = False
 
     def __post_init__(self) -> None:
+        _check_whole("low", self.low)
+        _check_whole("high", self.high)
         _check_bounds(self.low, self.high, log=self.log)
 
 
 def _check_bounds(low: float, high: float, *, log: bool) -> None:
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"low={low}, high={high}; both must be finite")
+    if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(high - low)):
+        raise ValueError(f"low={low}, high={high}; both must be finite, and so must what is between them")
     if low > high:
         raise ValueError(f"low={low} is above high={high}")
     if log and low <= 0:
         raise ValueError(f"low={low} with log=True; it must be above 0")
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is no whole number; use Float for others")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value} does not fit in 64 bits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,19 @@ class Grid:
             raise ValueError(f"Grid({list(self.values)}) needs at least one value, each listed once")
         if wrong := [value for value in self.values if isinstance(value, float) and not math.isfinite(value)]:
             raise ValueError(f"Grid values are finite, not {wrong}")
+        for value in self.values:
+            if isinstance(value, int) and not isinstance(value, bool):
+                _check_whole("a Grid value", value)
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"Grid value {value!r} is no text that can be written as UTF-8")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 Domain = Float | Int | Grid

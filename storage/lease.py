@@ -61,7 +61,7 @@ class Lease:
         age = _clock() - self._renewed
         if not self._is_lost and age > _RENEW_SECONDS:
             # Who takes a sweep removes the lease of the one before. After so long others may just be at it.
-            is_there = self._path in self._remote.files(DRIVERS)
+            is_there = self._path in self._remote.files(DRIVERS) or not self._remote.has_sweep()
             self._is_lost = not is_there or (age > _FRESH_SECONDS and self._claim() is not None)
             if not self._is_lost:
                 self._put()

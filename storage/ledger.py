@@ -93,7 +93,11 @@ def _recorded(folder: Path) -> Iterator[Asked]:
 
 
 def _trials(event: Mapping[str, Any]) -> Iterator[Asked]:
-    return map(_asked, event.get("trials", (event,)))  # older sweeps have one event for each
+    """Those of an event; older sweeps have one event for each. Raises StoreError as `read_asked`."""
+    try:
+        yield from map(_asked, event.get("trials", (event,)))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"the ledger is not what was written: {str(event)[:60]}: {error!r}") from error
 
 
 def _event(asked: Asked) -> dict[str, Any]:

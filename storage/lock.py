@@ -4,12 +4,15 @@ import fcntl
 import getpass
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from jobs.errors import SpecError
+
+_LOOKS, _LOOK_SECONDS = 5, 0.02
 
 
 @contextmanager
@@ -40,13 +43,23 @@ def driver(folder: Path) -> str | None:
     return None
 
 
+def _lock(file: IO[str]) -> None:
+    """Who only looks whether somebody drives holds it for a moment; a driver does for long."""
+    for _ in range(_LOOKS):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOOK_SECONDS)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _locked(folder: Path) -> IO[str]:
     """The locked file. One that was removed before it was locked protects nothing: it is made again."""
     path = folder / "lock"
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError as error:
             with file:
                 file.seek(0)

@@ -271,7 +271,16 @@ def read_rows(folder: Path, table: str, files: Iterable[TableFile]) -> list[dict
 def read_table(folder: Path, file: TableFile) -> pa.Table:
     """A listed file. Raises StoreError if it is not what was written."""
     try:
-        return pq.read_table(folder / file.path, schema=arrow_schema(file.table))
+        content = (folder / file.path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise StoreError(f"{folder / file.path} is not what was written: it has another content")
+        return pq.read_table(pa.BufferReader(content), schema=arrow_schema(file.table))
     except (OSError, pa.ArrowException) as error:
         why = " ".join(str(error).split())
         raise StoreError(f"{folder / file.path} is not what was written: {why}") from error
+
+
+def is_as_written(folder: Path, file: TableFile) -> bool:
+    """Whether a listed file has the content that it had; it may be large."""
+    with (folder / file.path).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256

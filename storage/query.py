@@ -150,7 +150,7 @@ def _define_stored(
 
 
 def _json_field(column: str, name: str) -> str:
-    return f"json_extract_string({column}, {_quoted('$.' + json.dumps(name))})"
+    return f"json_extract_string({column}, {_quoted('$.' + json.dumps(name, ensure_ascii=False))})"
 
 
 def _quoted(text: str) -> str:

@@ -13,7 +13,8 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from jobs.errors import SpecError, first_line
 from storage.durable import DiskFull, StoreError, cannot_write
 
-_OWN = ("lock", "driver", "optuna.attributes.json", "logs/", "mlflow.db", "mlartifacts/")
+_FOLDERS = ("logs/", "mlflow.db", "mlartifacts/", "set_aside/")
+_OWN = ("lock", "driver", "optuna.attributes.json", *_FOLDERS)
 """What says something about one machine, or is made anew from the rest."""
 _MANIFESTS = ("manifest", "scores")
 _NEVER_CHANGE = ("artifacts/", "manifest/", "scores/", "tables/")
@@ -136,6 +137,8 @@ class Remote:
         Raises:
             StoreError: If that fails.
         """
+        if self._there and not self.has_sweep():  # somebody has removed everything
+            self._there = {}
         if not self._there:
             self._there = {
                 path: _SAME
@@ -154,6 +157,14 @@ class Remote:
                 self.put(folder, name)
                 self._there[name] = changed
         return True
+
+    def has_sweep(self) -> bool:
+        """Whether a sweep is there. Raises StoreError if that cannot be found out."""
+        place = f"{self._root}/sweep.json"
+        try:
+            return bool(self._files.get_file_info(place).type == FileType.File)
+        except OSError as error:
+            raise StoreError(f"cannot read {place}: {first_line(error)}") from error
 
     def check_behind(self, folder: Path) -> None:
         """Refuse to copy a folder over a sweep that somebody else has gone on with.

@@ -17,6 +17,7 @@ from storage.durable import StoreError, publish
 from storage.parquet import TableFile, read_rows, write_table
 from storage.schema import SCHEMA_VERSION
 
+_KEYS = {"schema", "files", "results", "withdrawn", "replaced"}
 _READ_SECONDS = 600.0
 """So long a replaced file stays for those who had begun to read it."""
 
@@ -175,6 +176,10 @@ class Store:
         self._count(entry)
 
     def _count(self, entry: _Entry) -> None:
+        if unknown := set(entry.withdrawn) - self.results.keys():
+            raise StoreError(
+                f"{self._manifest} is not what was written: {sorted(unknown)[:3]} have no result"
+            )
         for spec in entry.withdrawn:
             del self.results[spec]
         self.results.update({result.spec: result for result in entry.results})
@@ -208,10 +213,12 @@ class Store:
 def _read_entry(path: Path) -> _Entry:
     try:
         entry = json.loads(path.read_bytes())
+        if unknown := entry.keys() - _KEYS:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
         files = tuple(TableFile(**file) for file in entry["files"])
         results = tuple(StoredResult(**result) for result in entry["results"])
         withdrawn, replaced = tuple(entry.get("withdrawn", ())), tuple(entry.get("replaced", ()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is gone or not what was written: {error!r}") from error
     return _Entry(files, results, withdrawn, replaced)
 

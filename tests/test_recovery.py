@@ -150,6 +150,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "torn study": ("logs", lambda folder: tear(journal_path(folder))),
     "study cut short": ("study", lambda folder: cut(journal_path(folder), 0.6)),
     "study nearly whole": ("study", lambda folder: cut(journal_path(folder), 0.98)),
+    "study that Optuna cannot read": (
+        "study",
+        lambda folder: journal_path(folder).write_bytes(
+            journal_path(folder).read_bytes().replace(b'"trial_id"', b'"trial_iX"', 1)
+        ),
+    ),
     "no study": ("study", lambda folder: journal_path(folder).unlink()),
     "artifact": ("artifacts", lambda folder: flip_a_byte(next(folder.glob("artifacts/*.safetensors")))),
     "run left open": ("mlflow", reopen_run),
@@ -201,6 +207,31 @@ class TestDoctor:
         assert not orphan.exists()
         assert not half.exists()
         assert open_sweep(folder).counts()["completed"] == 4
+
+    def test_results_that_only_the_study_knows_of_are_left_to_be_computed_again(self, folder: Path) -> None:
+        shutil.rmtree(folder / "manifest")
+        tables = len(list(folder.rglob("*.parquet")))
+        found = examine(folder, repair=True)
+        assert not found["consistent"]
+        assert [(each["where"], each["count"]) for each in found["findings"][:2]] == [
+            ("trials", TRIALS), ("study", TRIALS)
+        ]  # fmt: skip
+        assert len(list((folder / "set_aside").rglob("*.parquet"))) == tables, "nothing is deleted"
+        assert [trial.state.name for trial in study(folder)] == ["COMPLETE", "FAIL"] * 4
+        assert drive(folder) == {"completed": 4, "failed": 4}
+        assert examine(folder, repair=True)["consistent"]
+
+    def test_a_ledger_that_is_gone_takes_nothing_else_along(self, folder: Path) -> None:
+        ledger_path(folder).unlink()
+        before = study(folder)
+        assert not examine(folder, repair=True)["consistent"]
+        assert study(folder) == before
+
+    def test_a_table_with_another_content_is_found(self, folder: Path) -> None:
+        flip_a_byte(next(folder.glob("tables/attempts/*.parquet")))
+        found = examine(folder, repair=True)
+        assert not found["consistent"]
+        assert (found["findings"][0]["where"], found["findings"][0]["count"]) == ("tables", 1)
 
     def test_two_results_of_one_trial_cannot_be_mended(self, folder: Path) -> None:
         [row] = [row for row in Store(folder).rows("trials") if row["trial"] == 2]

@@ -308,6 +308,19 @@ def test_a_driver_that_wakes_up_late_yields_to_the_one_that_followed(
     assert Remote(uri).files("drivers") == {}
 
 
+def test_a_bucket_that_was_emptied_is_filled_again(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.lease._RENEW_SECONDS", 0.0)
+    backup = Backup(make_driver(tmp_path / "first"), Remote(uri))
+    remote = Remote(uri)
+    before = remote.files().keys()
+    for path in before:
+        remote.remove(path)
+    backup.close()
+    assert remote.files().keys() == {path for path in before if not path.startswith("drivers/")}
+
+
 def test_a_long_copy_is_given_up_when_another_driver_has_taken_the_sweep(
     tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

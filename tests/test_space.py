@@ -119,6 +119,11 @@ WRONG: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "bounds of a whole number": (lambda: Int(low=2, high=1), ("low=2", "high=1")),
     "an endless real": (lambda: Float(low=0, high=math.inf), ("high=inf", "finite")),
     "an undefined real": (lambda: Float(low=math.nan, high=1), ("low=nan", "finite")),
+    "a real without an end between": (lambda: Float(low=-1.7e308, high=1.7e308), ("1.7e+308", "between")),
+    "a whole number that is none": (lambda: Int(low=0.5, high=3.5), ("low=0.5", "Float")),  # type: ignore[arg-type]
+    "a whole number of many bits": (lambda: Int(low=0, high=2**63), ("high=9223372036854775808", "64 bits")),
+    "many bits in a grid": (lambda: Grid([2**64]), ("18446744073709551616", "64 bits")),
+    "half a character": (lambda: Grid(["\ud800", "b"]), ("UTF-8",)),
     "a logarithm of 0": (lambda: Float(low=0, high=1, log=True), ("low=0", "above 0")),
     "a logarithm of a whole 0": (lambda: Int(low=0, high=1, log=True), ("low=0", "above 0")),
     "an empty grid": (lambda: Grid([]), ("at least one value",)),
@@ -229,6 +234,11 @@ UNFIT: dict[str, tuple[Space, tuple[str, ...]]] = {
     "a column of the tables": (
         make_space({"state": Grid([1])}, fixed={"x": 1}),
         ("['state']", "other names"),
+    ),
+    "a column in capitals": (make_space({"State": Grid([1])}, fixed={"x": 1}), ("['State']", "other names")),
+    "names that SQL does not tell apart": (
+        make_space({"x": Grid([1]), "X": Grid([1])}),
+        ("['X', 'x']", "case"),
     ),
     "a parameter that is needed": (make_space({"y": Grid([1.0])}), ("['x']", "needs")),
     "a type": (make_space({"x": Grid([1, 2.5])}), ("x=2.5", "float", "int")),

@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import itertools
+import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from storage import compaction, parquet
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import DiskFull, Log, StoreError, publish, read_log, remove_staging
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
-from storage.lock import driving
+from storage.lock import driver, driving
 from storage.parquet import TableStream, read_rows, write_table
 from storage.query import open_sweep
 from storage.schema import TABLES
@@ -538,6 +540,46 @@ def rows_of(store: Store) -> dict[str, list[dict[str, Any]]]:
     return {table: store.rows(table) for table in ("trials", "metrics")}
 
 
+@pytest.mark.parametrize("key", ["replacex", "withdrawn"])
+def test_an_entry_of_the_manifest_that_was_damaged_is_refused(tmp_path: Path, key: str) -> None:
+    scattered_store(tmp_path, 3)
+    path = tmp_path / "manifest" / "00000002.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: ["s7"]}))
+    with pytest.raises(StoreError, match=r"gone or not what was written|have no result"):
+        Store(tmp_path)
+
+
+def test_a_table_that_another_byte_was_written_to_is_refused(tmp_path: Path) -> None:
+    file = write_table(tmp_path, "metrics", [metric("s", 1037.0)])
+    content = bytearray((tmp_path / file.path).read_bytes())
+    for place in range(0, len(content), 7):
+        damaged = content.copy()
+        damaged[place] ^= 1
+        (tmp_path / file.path).write_bytes(damaged)
+        with pytest.raises(StoreError, match="is not what was written"):
+            read_rows(tmp_path, "metrics", [file])
+
+
+def test_who_looks_whether_somebody_drives_keeps_nobody_from_driving(tmp_path: Path) -> None:
+    looks = threading.Event()
+
+    def look() -> None:
+        while not looks.is_set():
+            driver(tmp_path)
+
+    with driving(tmp_path):
+        pass
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(200):
+            with driving(tmp_path):
+                pass
+    finally:
+        looks.set()
+        thread.join()
+
+
 def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -762,6 +804,14 @@ def test_trials_have_a_typed_column_for_each_parameter(sweep_folder: Path) -> No
         {"x": 3, "y": -1e-30, "mode": "", "on": True},
         {"x": 4, "y": 1.0, "mode": "é", "on": True},
     ]
+
+
+@pytest.mark.parametrize("name", ["naïve", "x.y", "x y", "it's", 'a"b', "select"])
+def test_a_parameter_of_any_name_has_its_column(tmp_path: Path, name: str) -> None:
+    sweep = write_sweep(
+        tmp_path / "sweep", [StoredTrial({name: 6}, {})], objectives={}, parameters={name: "BIGINT"}
+    )
+    assert sweep.rows("SELECT * FROM trials")[0][name] == 6
 
 
 def test_trials_that_have_not_ended_wait_or_run_while_their_driver_lives(sweep_folder: Path) -> None:
