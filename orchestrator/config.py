@@ -93,6 +93,15 @@ class RunConfig(BaseModel):
         except json.JSONDecodeError as error:
             raise ValueError(f'{value!r} is no JSON object such as {{"name": 1}}') from error
 
+    @field_validator("gpus_per_worker", "resources")
+    @classmethod
+    def _shares_or_whole(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        """Ray shares one of a thing among several workers, or gives a worker whole ones."""
+        amounts = value.values() if isinstance(value, dict) else [value]
+        if wrong := [amount for amount in amounts if amount < 0 or (amount > 1 and amount % 1)]:
+            raise ValueError(f"{wrong[0]} is neither a share, up to 1, nor a whole number")
+        return value
+
     @field_validator("model")
     @classmethod
     def _absolute_folder(cls, value: str) -> str:

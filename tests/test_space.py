@@ -396,6 +396,8 @@ def test_a_setting_without_key_or_value_is_refused(text: str) -> None:
         ({"seed": "-1"}, ("seed='-1'",)),
         ({"sampler": "gird"}, ("sampler='gird'", "'grid'", "'tpe'")),
         ({"trials": "0"}, ("trials='0'",)),
+        ({"gpus_per_worker": "1.5"}, ("gpus_per_worker", "1.5", "share")),
+        ({"resources": '{"tpu": -1}'}, ("resources", "-1", "share")),
         ({"dtype": "fp16"}, ("dtype='fp16'", "'bfloat16'")),
         ({"trust_remote_code": "perhaps"}, ("trust_remote_code='perhaps'",)),
     ],
