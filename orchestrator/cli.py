@@ -147,6 +147,7 @@ def resume(
         str | None, typer.Option(help="Number of trials to have in the end, or +N for so many more.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Replicas from now on.")] = None,
+    budget_hours: BudgetHours = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value: who computes, and for how long, such as gpus_per_worker=1."),
@@ -163,7 +164,8 @@ def resume(
     fields, fixed = split_settings(settings or [])
     if fixed:
         raise SpecError(f"--set space.{next(iter(fixed))}: a sweep keeps its space; start another with `run`")
-    changes = fields if workers is None else {**fields, "workers": workers}
+    given = {"workers": workers, "budget_hours": budget_hours}
+    changes = {**fields, **{name: value for name, value in given.items() if value is not None}}
     file, config = load_kept(folder, **changes)
     if trials is not None:
         config = extend(folder, file.space, config, trials)
@@ -217,7 +219,7 @@ def _drive(
         )
         print_reasons(summary["reasons"])
         if summary["stopped"]:
-            say(f"stopped: {summary['stopped']}; `steersweep resume {folder} --set ...` goes on")
+            say(f"stopped: {summary['stopped']}; `steersweep resume {folder}` goes on, with another budget")
         say(f"report: {folder / 'report' / 'index.html'}    MLflow: steersweep ui {folder}")
     raise typer.Exit(1 if summary["failed"] else 0)
 

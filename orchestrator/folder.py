@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,9 +127,10 @@ def _recognise(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> bool
     if path.is_file():
         found = read_identity(folder)
         if changed := differences(found, wanted):
+            where = _first_change((folder / "space.py").read_text(encoding="utf-8"), file.source)
             raise SpecError(
-                f"{folder} holds the sweep {found['sweep']}, started with {changed}; give another --out, or "
-                "--accept-changes to go on with what you have now"
+                f"{folder} holds the sweep {found['sweep']}, started with {changed}{where}; give another "
+                "--out, or --accept-changes to go on with what you have now"
             )
         return True
     if folder.exists() and not folder.is_dir():
@@ -136,6 +138,15 @@ def _recognise(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> bool
     if folder.is_dir() and not all(_is_leftover(inside, file) for inside in folder.iterdir()):
         raise SpecError(f"{folder} is not empty and holds no sweep; give a new folder with --out")
     return False
+
+
+def _first_change(before: str, now: str) -> str:
+    """In words, which line of a space file is the first that has changed; "" if none has."""
+    lines = itertools.zip_longest(before.splitlines(), now.splitlines(), fillvalue="")
+    for number, (old, new) in enumerate(lines, start=1):
+        if old != new:
+            return f" (its line {number} was {old.strip()!r}, now {new.strip()!r})"
+    return ""
 
 
 def _is_leftover(path: Path, file: SpaceFile) -> bool:

@@ -456,6 +456,11 @@ CHANGES: dict[str, tuple[SpaceFile, RunConfig, tuple[str, ...]]] = {
         ("'smollm2-135m' (now 'a/b')", "trials=None (now 3)"),
     ),
     "text": (FILE._replace(source=SOURCE + "\n"), RunConfig(), ("another space file",)),
+    "a line": (
+        FILE._replace(source="# new\n" + SOURCE),
+        RunConfig(),
+        ("another space file (its line 1 was", "now '# new')"),
+    ),
     "name": (FILE._replace(path=Path("other.py")), RunConfig(), ("space='mine' (now 'other')",)),
     "fixed": (
         FILE._replace(space=make_space(fixed={"group": "b"})),
