@@ -22,10 +22,13 @@ def status(folder: Folder, as_json: Json = False) -> None:
 
     sweep = open_sweep(folder)
     failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
+    counts = sweep.counts()
+    trials = sweep.identity.get("trials")
     summary = {
         "sweep": sweep.identity["sweep"],
-        "trials": sweep.identity.get("trials"),
-        **sweep.counts(),
+        "trials": trials,
+        "unproposed": None if trials is None else max(0, trials - sum(counts.values())),
+        **counts,
         "driver": driver(folder),
     }
     if as_json:

@@ -41,10 +41,10 @@ def attempts_of(folder: Path, what: str, *, lines: int) -> list[dict[str, Any]]:
         raise SpecError(f"{what!r} is neither the number of a trial nor the beginning of a spec's id")
     rows = sweep.rows(_ATTEMPTS.format(condition=condition))
     if not rows:
-        trials = sweep.rows("SELECT count(*) AS trials FROM trials")[0]["trials"]
+        tried = [row["trial"] for row in sweep.rows("SELECT trial FROM attempts WHERE trial IS NOT NULL")]
+        has = f"one of the trials {min(tried)} to {max(tried)} that were" if tried else "a trial once one was"
         raise SpecError(
-            f"nothing was tried yet under {what!r}; give a trial from 0 to {trials - 1} that has run, or the "
-            "beginning of a spec's id"
+            f"nothing was tried yet under {what!r}; give {has} tried, or the beginning of a spec's id"
         )
     return [{**row, "lines": _said(folder, row, lines)} for row in rows]
 
