@@ -131,6 +131,8 @@ def _study(kept: _Kept) -> list[_Examination]:
     try:
         sampler = open_sampler(kept.folder, kept.space, kept.config)
     except StoreError as error:
+        if kept.config.storage is not None:
+            raise
         return _found("study", "it cannot be read", [str(error)], lambda: _write_study(kept))
     budget = Budget(kept.config, kept.space.objectives)
     results = Results(kept.store, kept.space, sampler, Tally(total=0), budget, lambda: None)

@@ -127,7 +127,8 @@ def _recognise(folder: Path, file: SpaceFile, wanted: Mapping[str, Any]) -> bool
     if path.is_file():
         found = read_identity(folder)
         if changed := differences(found, wanted):
-            where = _first_change((folder / "space.py").read_text(encoding="utf-8"), file.source)
+            kept = folder / "space.py"
+            where = _first_change(kept.read_text(encoding="utf-8"), file.source) if kept.is_file() else ""
             raise SpecError(
                 f"{folder} holds the sweep {found['sweep']}, started with {changed}{where}; give another "
                 "--out, or --accept-changes to go on with what you have now"

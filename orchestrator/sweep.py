@@ -127,7 +127,7 @@ class Sweep:
                 if not (self._tally.stopping or self._is_asked_to_stop()):
                     self._dispatch()  # nobody waits for the disk, or for the sampler
                 self._write(self._results.commit)
-                with suppress(DiskFull):  # it can be done at any later time
+                with suppress(StoreError):  # it can be done later; damaged files are the doctor's to name
                     self._store.compact()
                 self._check_stop()
                 self._show()

@@ -24,7 +24,7 @@ from orchestrator.interrupts import stoppable
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Float, Grid, Int, Objective, Space
-from storage import durable
+from storage import compaction, durable
 from storage.artifacts import read_artifact, write_artifact
 from storage.donors import Donors
 from storage.durable import DiskFull, StoreError
@@ -337,6 +337,23 @@ def test_no_idle_worker_waits_for_the_sampler(tmp_path: Path, monkeypatch: pytes
     space = make_space({"x": Int(low=0, high=99)}, sampler="random", trials=12)
     drive(tmp_path, space, trials=12, workers=1, max_pack=1)
     assert calls == ["ask_together", *["start", "ask_together"] * 11, "start"]
+
+
+def test_a_sweep_goes_on_where_its_files_cannot_be_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Path] = []
+
+    def refuse(folder: Path, files: object) -> None:
+        tries.append(folder)
+        raise StoreError("one is not what was written")
+
+    monkeypatch.setattr(compaction, "MANY", 2)
+    monkeypatch.setattr(compaction, "put_together", refuse)
+    space = make_space({"x": Grid([1, 2, 3, 4, 5, 6])})
+    drive(tmp_path, space, trials=6, workers=1, max_pack=1)
+    check_ended(tmp_path, space, trials=6)
+    assert len(tries) > 1
 
 
 class _WatchfulPool(InlinePool):
