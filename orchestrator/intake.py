@@ -16,7 +16,8 @@ from orchestrator.scheduler import Kind, Scheduler, Task
 from search_spaces.base import Space
 from storage.artifacts import Artifact
 from storage.ledger import Asked
-from storage.store import Part, StoredResult
+from storage.manifest import StoredResult
+from storage.store import Part
 
 
 class Planned(NamedTuple):

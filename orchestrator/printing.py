@@ -61,7 +61,9 @@ def print_plan(found: Mapping[str, Any]) -> None:
 
 
 def _duration(hours: float) -> str:
-    return f"about {hours:.1f} hours" if hours >= 1.5 else f"about {60 * hours:.0f} minutes"
+    if hours >= 1.5:
+        return f"about {hours:.1f} hours"
+    return f"about {60 * hours:.0f} minutes" if 60 * hours >= 1.5 else f"about {3600 * hours:.0f} seconds"
 
 
 def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -78,7 +80,10 @@ _MOST_ROWS = 1000
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    if isinstance(value, float):
+        # Times are seconds since 1970.
+        return f"{value:.1f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def _print_csv(columns: list[str], rows: list[dict[str, Any]]) -> None:

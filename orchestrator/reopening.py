@@ -63,7 +63,7 @@ def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Seque
             planner = Planner(space, config)
             older = [each for each in read_asked(folder) if each.spec.id in again]
             if meant := [planner.meant(each) for each in older if each.trial not in comparable]:
-                Ledger(folder).asked(meant)
+                Ledger(folder).asked_again(meant)
             store.withdraw(again)
             (folder / "report" / "index.html").unlink(missing_ok=True)
 

@@ -17,9 +17,10 @@ from search_spaces.base import Space, broken
 from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.ledger import Asked
+from storage.manifest import StoredResult
 from storage.parquet import TableFile
 from storage.remote import Remote
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 
 
 @dataclass(slots=True)

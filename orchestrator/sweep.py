@@ -23,8 +23,9 @@ from search_spaces.base import Space
 from storage.donors import Donors
 from storage.durable import DiskFull, StoreError, remove_staging
 from storage.ledger import Asked, Ledger, read_asked, read_limits
+from storage.manifest import StoredResult
 from storage.remote import Remote
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 
 Written = TypeVar("Written")
 _POLL_SECONDS = 0.5
@@ -128,7 +129,7 @@ class Sweep:
                     self._dispatch()  # nobody waits for the disk, or for the sampler
                 self._write(self._results.commit)
                 with suppress(StoreError):  # it can be done later; damaged files are the doctor's to name
-                    self._store.compact()
+                    self._store.compact(keeps_entries=self._remote is not None)
                 self._check_stop()
                 self._show()
         except BaseException:

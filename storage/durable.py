@@ -87,6 +87,36 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
                     raise StoreError(f"{path}, line {number} is not what was written: {error}") from error
 
 
+def read_log_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """Events of a log, newest first; a torn last line is left out. Raises as `read_log` does."""
+    for line in _lines_backwards(path) if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise StoreError(f"{path} is not what was written: {error}") from error
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """Lines of a file that end in a line end, last first."""
+    with path.open("rb") as file:
+        place = file.seek(0, os.SEEK_END)
+        begun, is_last = b"", True
+        while place > 0:
+            size = min(_BLOCK_BYTES, place)
+            place -= size
+            file.seek(place)
+            begun, *lines = (file.read(size) + begun).split(b"\n")
+            if lines and is_last:
+                del lines[-1]
+                is_last = False
+            yield from reversed(lines)
+        if not is_last:
+            yield begun
+
+
+_BLOCK_BYTES = 2**20
+
+
 def is_torn(path: Path) -> bool:
     """Whether a file of lines ends within one."""
     if not path.exists() or path.stat().st_size == 0:

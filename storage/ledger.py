@@ -3,13 +3,15 @@
 Results are not here: a result exists once a manifest entry lists its files.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.spec import Spec
-from storage.durable import Log, StoreError, read_log
+from storage.durable import Log, StoreError, read_log, read_log_backwards
+
+_PROPOSALS = ("asked", "asked again", "changes accepted")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,10 @@ class Ledger:
         """Record proposals, whole or not at all, before anything is done about them."""
         self._log.append({"event": "asked", "trials": list(map(_event, trials))})
 
+    def asked_again(self, trials: Iterable[Asked]) -> None:
+        """Record what trials that were recorded before mean from now on, whole or not at all."""
+        self._log.append({"event": "asked again", "trials": list(map(_event, trials))})
+
     def dispatched(self, attempt: str, worker: str, specs: Iterable[str]) -> None:
         """Record that a worker was given a pack."""
         self._log.append({"event": "dispatched", "attempt": attempt, "worker": worker, "specs": list(specs)})
@@ -80,7 +86,7 @@ def read_asked(folder: Path) -> list[Asked]:
 def read_comparable(folder: Path) -> list[Asked]:
     """Proposals since changes were last accepted, which were recorded as meant. Raises as `read_asked`."""
     found: dict[int, Asked] = {}
-    for event in _events(folder, "asked", "changes accepted"):
+    for event in _events(folder, *_PROPOSALS):
         if event["event"] == "changes accepted":
             found.clear()
         found |= {asked.trial: asked for asked in _trials(event)}
@@ -88,7 +94,7 @@ def read_comparable(folder: Path) -> list[Asked]:
 
 
 def _recorded(folder: Path) -> Iterator[Asked]:
-    for event in _events(folder, "asked", "changes accepted"):
+    for event in _events(folder, *_PROPOSALS):
         yield from _trials(event)
 
 
@@ -127,19 +133,45 @@ def read_limits(folder: Path) -> dict[tuple[str, str], int]:
     return {(event["job"], event["model"]): event["most"] for event in _events(folder, "limited")}
 
 
-def read_dispatched(folder: Path) -> set[str]:
-    """Ids of the specs that the latest driver has given to a worker. Raises as `read_asked` does."""
+def read_open(folder: Path, ended: Collection[int]) -> tuple[list[Asked], set[str]]:
+    """What has been asked for and has not ended, read no further back than it was asked for.
+
+    Args:
+        folder: The sweep's folder.
+        ended: Numbers of the trials that have.
+
+    Returns:
+        The proposals, in order; ids of the specs that the latest driver has given to a worker since then.
+
+    Raises:
+        StoreError: If the ledger is not what was written.
+    """
+    found: dict[int, Asked] = {}
     dispatched: set[str] = set()
-    for event in _events(folder, "taken over", "dispatched"):
+    is_latest, left = True, None
+    path = ledger_path(folder)
+    for event in (_checked(path, event) for event in read_log_backwards(path)):
         if event["event"] == "taken over":
-            dispatched.clear()
-        dispatched.update(event.get("specs", ()))
-    return dispatched
+            is_latest = False
+        elif event["event"] == "dispatched" and is_latest:
+            dispatched.update(event["specs"])
+        elif event["event"] in _PROPOSALS:
+            trials = {trial.trial: trial for trial in _trials(event)}
+            if left is None and event["event"] == "asked":  # they are numbered from 0
+                left = max(trials) + 1 - len(ended)
+            found = {number: each for number, each in trials.items() if number not in ended} | found
+        if left is not None and len(found) >= left:
+            break
+    return [found[number] for number in sorted(found)], dispatched
 
 
 def _events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     path = ledger_path(folder)
-    events = list(read_log(path))
-    if wrong := [event for event in events if not isinstance(event, dict) or "event" not in event]:
-        raise StoreError(f"{path} is not what was written: {str(wrong[0])[:60]} is no event")
+    events = (_checked(path, event) for event in read_log(path))
     return [event for event in events if event["event"] in kinds]
+
+
+def _checked(path: Path, event: Any) -> dict[str, Any]:
+    if not isinstance(event, dict) or "event" not in event:
+        raise StoreError(f"{path} is not what was written: {str(event)[:60]} is no event")
+    return event

@@ -79,22 +79,31 @@ def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
     """
     names = [objective["metric"] for objective in sweep.identity["objectives"]]
     directions = [objective["direction"] for objective in sweep.identity["objectives"]]
-    rows = [row for row in scored_trials(sweep) if all(row["chosen"].get(name) is not None for name in names)]
-    points = np.array([[row["chosen"][name] for name in names] for row in rows]).reshape(
-        len(rows), len(names)
-    )
-    chosen = [row for row, kept in zip(rows, front(points, directions), strict=True) if kept]
+    found = sweep.query("SELECT * FROM points")
+    points = np.column_stack([found[name].to_numpy() for name in names]).astype(float)
+    whole = np.flatnonzero(np.isfinite(points).all(axis=1))
+    kept = whole[front(points[whole], directions)]
     sign = -1 if directions[0] == "maximize" else 1
+    # Rows are in the order of trials, and the sort is stable.
+    rows = found.take(kept[np.argsort(sign * points[kept, 0], kind="stable")]).to_pylist()
+    params = _params(sweep, [row["trial"] for row in rows])
     return [
         {
             "trial": row["trial"],
-            "params": row["params"],
-            "split": row["split"],
-            "objectives": {name: row["chosen"][name] for name in names},
-            "report": {name: row["report"].get(name) for name in names},
+            "params": params[row["trial"]],
+            "split": row["chosen_on"],
+            "objectives": {name: row[name] for name in names},
+            "report": {name: row[f"{name}_report"] for name in names},
         }
-        for row in sorted(chosen, key=lambda row: (sign * row["chosen"][names[0]], row["trial"]))
+        for row in rows
     ]
+
+
+def _params(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, dict[str, Any]]:
+    names = list(sweep.identity["parameters"])
+    listed = ", ".join(map(str, trials)) or "NULL"
+    rows = sweep.rows(f"SELECT * FROM trials WHERE trial IN ({listed})")
+    return {row["trial"]: {name: row[name] for name in names} for row in rows}
 
 
 def scored_trials(sweep: StoredSweep) -> list[dict[str, Any]]:

@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from jobs.errors import SpecError
 from storage.durable import StoreError
-from storage.ledger import read_asked, read_dispatched
+from storage.ledger import read_open
 from storage.lock import driver
 from storage.schema import RESULT_TABLES, STATES, TABLES, Column
 from storage.scores import scores_of
 from storage.store import Store
+from storage.views import identifier, quoted, views
 
 _SQL_TYPES = {
     "text": "VARCHAR",
@@ -42,7 +43,10 @@ class StoredSweep:
 
         The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `scores`, `vectors`,
         `activations` and `artifacts`. All results have a column `trial`, null for what belongs to no trial,
-        such as the unsteered baseline; `trials` has a column for each parameter.
+        such as the unsteered baseline; `trials` has a column for each parameter. `points` has a row for each
+        completed trial: what it reached in each objective on the split that trials are chosen on
+        (`chosen_on`), and on the split report under the objective's name with `_report` behind it. Where
+        trials have a layer and a dose, `best_per_layer` and `dose_response` say what their names do.
 
         Raises:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
@@ -88,7 +92,7 @@ class StoredSweep:
             ]
             for table in TABLES
         }
-        listed = ", ".join(_quoted(path) for table in TABLES for path in paths[table])
+        listed = ", ".join(quoted(path) for table in TABLES for path in paths[table])
         connection.execute(f"SET allowed_paths = [{listed}]")
         connection.execute("SET enable_external_access = false")
         connection.execute("CREATE SCHEMA stored")
@@ -101,40 +105,45 @@ class StoredSweep:
                 f"CREATE VIEW {table} AS SELECT trials.trial, kept.* "
                 f"FROM stored.{table} AS kept LEFT JOIN trials USING (spec)"
             )
+        for view, select in views(self.identity).items():
+            connection.execute(f"CREATE VIEW {view} AS {select}")
         connection.execute("SET lock_configuration = true")
 
     def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
+        connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
+        if withdrawn := store.withdrawn_trials():
+            connection.executemany("INSERT INTO stored.withdrawn VALUES (?, ?)", withdrawn)
+        connection.execute(
+            "CREATE VIEW stored.ended AS "
+            "SELECT * FROM stored.trials ANTI JOIN stored.withdrawn USING (trial, finished)"
+        )
         columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
         connection.execute(f"CREATE TABLE stored.open_trials ({columns})")
-        finished = {row["trial"] for row in store.rows("trials")}
-        dispatched = read_dispatched(self.folder) if driver(self.folder) else set()
-        waiting = [
+        [ended] = connection.sql("SELECT trial FROM stored.ended").fetchnumpy().values()
+        waiting, dispatched = read_open(self.folder, set(ended.tolist()))
+        is_driven = driver(self.folder) is not None
+        rows = [
             (
                 asked.trial,
                 asked.spec.id,
-                "running" if asked.spec.id in dispatched else "waiting",
+                "running" if is_driven and asked.spec.id in dispatched else "waiting",
                 None,
                 None,
                 None,
                 None,
                 json.dumps(dict(asked.params)),
             )
-            for asked in read_asked(self.folder)
-            if asked.trial not in finished
+            for asked in waiting
         ]
-        if waiting:
-            connection.executemany("INSERT INTO stored.open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", waiting)
-        connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
-        if withdrawn := store.withdrawn_trials():
-            connection.executemany("INSERT INTO stored.withdrawn VALUES (?, ?)", withdrawn)
+        if rows:
+            connection.executemany("INSERT INTO stored.open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
         parameters = "".join(
-            f", CAST({_json_field('params', name)} AS {sql_type}) AS {_identifier(name)}"
+            f", CAST({_json_field('params', name)} AS {sql_type}) AS {identifier(name)}"
             for name, sql_type in self.identity["parameters"].items()
         )
         connection.execute(
             f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
-            "FROM (SELECT * FROM stored.trials ANTI JOIN stored.withdrawn USING (trial, finished) "
-            "UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
+            "FROM (SELECT * FROM stored.ended UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
         )
 
 
@@ -142,7 +151,7 @@ def _define_stored(
     connection: duckdb.DuckDBPyConnection, table: str, columns: tuple[Column, ...], paths: list[str]
 ) -> None:
     if paths:
-        listed = ", ".join(_quoted(path) for path in paths)
+        listed = ", ".join(quoted(path) for path in paths)
         connection.execute(f"CREATE VIEW stored.{table} AS SELECT * FROM read_parquet([{listed}])")
     else:
         typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in columns)
@@ -150,15 +159,7 @@ def _define_stored(
 
 
 def _json_field(column: str, name: str) -> str:
-    return f"json_extract_string({column}, {_quoted('$.' + json.dumps(name, ensure_ascii=False))})"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _identifier(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"'
+    return f"json_extract_string({column}, {quoted('$.' + json.dumps(name, ensure_ascii=False))})"
 
 
 def open_sweep(folder: Path | str) -> StoredSweep:

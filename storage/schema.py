@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 STATES = ("waiting", "running", "completed", "infeasible", "failed")
 """What a trial can be; the last three are ends."""
 
@@ -43,6 +43,11 @@ TABLES: dict[str, tuple[Column, ...]] = {
         ),
         Column("finished", "real", "s since 1970", "when the result was accepted"),
         Column("params", "json", "", "the proposed parameters"),
+    ),
+    "results": (
+        _SPEC,
+        Column("status", "text", "", "completed, infeasible or failed; withdrawn takes back what is before"),
+        Column("reason", "text", "", "why it is not completed"),
     ),
     "attempts": (
         Column("attempt", "text", "", "id of the try"),

@@ -4,30 +4,20 @@ A result is visible once its manifest entry is written. Readers never see a file
 lists, so a death between writing a table and listing it leaves no half result.
 """
 
-import json
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage import compaction
-from storage.durable import StoreError, publish
+from storage.durable import StoreError
+from storage.manifest import Entry, Manifest, StoredResult
 from storage.parquet import TableFile, read_rows, write_table
-from storage.schema import SCHEMA_VERSION
 
-_KEYS = {"schema", "files", "results", "withdrawn", "replaced"}
-_READ_SECONDS = 600.0
-"""So long a replaced file stays for those who had begun to read it."""
-
-
-class StoredResult(NamedTuple):
-    """That a spec has a result: its status and why it is not completed."""
-
-    spec: str
-    status: str
-    reason: str | None
+_WITHDRAWN = "withdrawn"
+"""In the place of a status in the table `results`: what stands before it does not count any more."""
 
 
 class Part(NamedTuple):
@@ -35,22 +25,6 @@ class Part(NamedTuple):
 
     files: tuple[TableFile, ...]
     results: tuple[StoredResult, ...]
-
-
-class _Entry(NamedTuple):
-    """What one commit has changed.
-
-    Attributes:
-        files: Made visible.
-        results: Of the specs that ended.
-        withdrawn: Specs whose results before it do not count any more.
-        replaced: Paths of files before it whose rows are in `files` now.
-    """
-
-    files: tuple[TableFile, ...] = ()
-    results: tuple[StoredResult, ...] = ()
-    withdrawn: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
 
 
 class Store:
@@ -63,8 +37,6 @@ class Store:
 
     Attributes:
         folder: The sweep's folder.
-        results: Spec -> its result.
-        replaced: Paths of files whose rows are in others now; they may still be there.
 
     Raises:
         StoreError: If an entry of the manifest, or a file that one lists, is gone or not what was written.
@@ -72,15 +44,28 @@ class Store:
 
     def __init__(self, folder: Path, manifest: str = "manifest") -> None:
         self.folder = folder
-        self._manifest = folder / manifest
-        self._entries = [_read_entry(path) for path in _entry_paths(self._manifest)]
-        self.replaced: set[str] = set()
-        self._looked_at = 0
-        self.results: dict[str, StoredResult] = {}
-        for entry in self._entries:
-            self._count(entry)
+        self._manifest = Manifest(folder, manifest)
+        self._due = compaction.MANY
         for file in self.files():
             _check_there(folder, file)
+
+    @cached_property
+    def results(self) -> dict[str, StoredResult]:
+        """Spec -> its result. Raises StoreError if a file is not what was written."""
+        found: dict[str, StoredResult] = {}
+        listed = read_rows(self.folder, "results", self.files("results"))
+        for result in (*(StoredResult(**row) for row in listed), *_told(self._manifest.recent)):
+            # A death between an entry and its checkpoint leaves what both say in both, in the same order.
+            if result.status == _WITHDRAWN:
+                found.pop(result.spec, None)
+            else:
+                found[result.spec] = result
+        return found
+
+    @property
+    def replaced(self) -> set[str]:
+        """Paths of files whose rows are in others now; they may still be there."""
+        return set(self._manifest.replaced)
 
     def commit(self, parts: Iterable[Part], **tables: Sequence[Mapping[str, Any]]) -> None:
         """Make parts and the driver's own rows visible, all at once.
@@ -103,7 +88,7 @@ class Store:
             return
         with self._written() as own:
             own += (write_table(self.folder, table, rows) for table, rows in tables.items() if rows)
-            self._add(_Entry((*files, *own), tuple(results)))
+            self._add(Entry((*files, *own), tuple(results)))
 
     @contextmanager
     def _written(self) -> Iterator[list[TableFile]]:
@@ -128,112 +113,71 @@ class Store:
         withdrawn = tuple(specs)
         if wrong := [spec for spec in withdrawn if self._status(spec) != "failed"]:
             raise ValueError(f"only results that failed can be withdrawn, not those of {wrong}")
-        self._add(_Entry(withdrawn=withdrawn))
+        self._add(Entry(withdrawn=withdrawn))
 
-    def compact(self) -> None:
+    def compact(self, *, keeps_entries: bool = False) -> None:
         """Put small files together where there are many; who reads sees every row once, at any moment.
 
         It looks only now and then, so that it may be called after every commit. Files that were replaced stay
-        for those who are reading them, and go at a later call. Rows from before results were withdrawn are
-        left alone, since which of them count follows from their place.
+        for those who are reading them, and go at a later call.
+
+        Args:
+            keeps_entries: Whether every entry of the manifest stays; see `storage.remote`.
 
         Raises:
-            StoreError: If the disk refuses, or a file is not what was written; nothing has changed then.
+            StoreError: If the disk refuses, or a file is not what was written; what is visible is the same.
         """
-        if len(self._entries) < self._looked_at + compaction.MANY:
+        if len(self._manifest.recent) < self._due:
             return
-        self._looked_at = len(self._entries)
-        self._remove_replaced()
-        last = max((number for number, entry in enumerate(self._entries) if entry.withdrawn), default=-1)
-        runs = compaction.scattered(self._visible(self._entries[last + 1 :]))
+        self._due += compaction.MANY
+        told = [result._asdict() for result in _told(self._manifest.recent)]
         with self._written() as own:
+            if told:
+                own.append(write_table(self.folder, "results", told))
+            runs = compaction.scattered([*self.files(), *own])
             own += (compaction.put_together(self.folder, run) for run in runs)
             if own:
-                self._add(_Entry(tuple(own), replaced=tuple(file.path for run in runs for file in run)))
-
-    def _remove_replaced(self) -> None:
-        """Delete what was replaced so long ago that nobody reads it any more."""
-        for number, entry in enumerate(self._entries):
-            if entry.replaced:
-                written = _entry_path(self._manifest, number).stat().st_mtime
-                for path in entry.replaced if time.time() - written > _READ_SECONDS else ():
-                    (self.folder / path).unlink(missing_ok=True)
+                replaced = tuple(file.path for run in runs for file in run)
+                self._add(Entry(tuple(file for file in own if file.path not in replaced), replaced=replaced))
+        self._manifest.checkpoint(keeps_entries=keeps_entries)
+        self._due = compaction.MANY
 
     def _status(self, spec: str) -> str | None:
         result = self.results.get(spec)
         return None if result is None else result.status
 
-    def _add(self, entry: _Entry) -> None:
-        content = {
-            "schema": SCHEMA_VERSION,
-            "files": [file._asdict() for file in entry.files],
-            "results": [result._asdict() for result in entry.results],
-            "withdrawn": list(entry.withdrawn),
-            "replaced": list(entry.replaced),
-        }
-        publish(_entry_path(self._manifest, len(self._entries)), json.dumps(content, indent=1).encode())
-        self._entries.append(entry)
-        self._count(entry)
-
-    def _count(self, entry: _Entry) -> None:
-        if unknown := set(entry.withdrawn) - self.results.keys():
-            raise StoreError(
-                f"{self._manifest} is not what was written: {sorted(unknown)[:3]} have no result"
-            )
+    def _add(self, entry: Entry) -> None:
+        results = self.results  # as it was
+        self._manifest.add(entry)
         for spec in entry.withdrawn:
-            del self.results[spec]
-        self.results.update({result.spec: result for result in entry.results})
-        self.replaced.update(entry.replaced)
+            del results[spec]
+        results.update({result.spec: result for result in entry.results})
 
     def files(self, table: str | None = None) -> list[TableFile]:
         """The listed files of one table, or of all."""
-        return [file for file in self._visible(self._entries) if table in (None, file.table)]
-
-    def _visible(self, entries: Iterable[_Entry]) -> list[TableFile]:
-        return [file for entry in entries for file in entry.files if file.path not in self.replaced]
+        return [file for file in self._manifest.files.values() if table in (None, file.table)]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All visible rows of one table; of trials those whose result still counts."""
-        kept: list[dict[str, Any]] = []
-        for entry in self._entries:
-            if table == "trials" and entry.withdrawn:
-                kept = [row for row in kept if row["spec"] not in entry.withdrawn]
-            kept += read_rows(self.folder, table, self._visible([entry]))
-        return kept
+        rows = read_rows(self.folder, table, self.files(table))
+        if table != "trials" or not self._manifest.void:
+            return rows
+        void = set(self._manifest.void)
+        return [row for row in rows if (row["trial"], row["finished"]) not in void]
 
     def withdrawn_trials(self) -> list[tuple[int, float]]:
         """Rows of the table trials that count no more: number, and when they ended, s since 1970."""
-        if not any(entry.withdrawn for entry in self._entries):
-            return []
-        counting = {(row["trial"], row["finished"]) for row in self.rows("trials")}
-        rows = read_rows(self.folder, "trials", self.files("trials"))
-        return [key for row in rows if (key := (row["trial"], row["finished"])) not in counting]
+        return list(self._manifest.void)
 
 
-def _read_entry(path: Path) -> _Entry:
-    try:
-        entry = json.loads(path.read_bytes())
-        if unknown := entry.keys() - _KEYS:
-            raise ValueError(f"unknown keys {sorted(unknown)}")
-        files = tuple(TableFile(**file) for file in entry["files"])
-        results = tuple(StoredResult(**result) for result in entry["results"])
-        withdrawn, replaced = tuple(entry.get("withdrawn", ())), tuple(entry.get("replaced", ()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is gone or not what was written: {error!r}") from error
-    return _Entry(files, results, withdrawn, replaced)
+def _told(entries: Iterable[Entry]) -> Iterator[StoredResult]:
+    """What entries say of results, in order; the table `results` keeps it so."""
+    for entry in entries:
+        yield from (StoredResult(spec, _WITHDRAWN, None) for spec in entry.withdrawn)
+        yield from entry.results
 
 
 def _check_there(folder: Path, file: TableFile) -> None:
     found = folder / file.path
     if not found.is_file() or found.stat().st_size != file.bytes:
         raise StoreError(f"{found} is gone or not what was written, {file.bytes} bytes")
-
-
-def _entry_paths(manifest: Path) -> list[Path]:
-    """Files of a manifest's entries, oldest first; up to the newest there is, none is left out."""
-    newest = max((int(path.stem) for path in manifest.glob("[0-9]*.json")), default=-1)
-    return [_entry_path(manifest, number) for number in range(newest + 1)]
-
-
-def _entry_path(manifest: Path, number: int) -> Path:
-    return manifest / f"{number:08d}.json"

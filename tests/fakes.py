@@ -12,9 +12,10 @@ from orchestrator.pool import Delivery, Event, Order
 from orchestrator.progress import Tally
 from orchestrator.worker import LoadReplica, Worker
 from storage.durable import DiskFull
+from storage.manifest import StoredResult
 from storage.parquet import write_table
 from storage.query import StoredSweep, open_sweep
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 from tests.fake_job import Died
 
 MODEL = ModelRef(id="no-model")

@@ -11,9 +11,10 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from storage.manifest import StoredResult
 from storage.mlflow_log import tracking_uri
 from storage.parquet import write_table
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 
 SECRET = "s3cret"
 SECRET_URI = f"http://reader:{SECRET}@127.0.0.1:1"

@@ -168,7 +168,7 @@ def check_consistent(folder: Path) -> None:
 def test_workers_that_are_killed_at_random_cost_time_and_nothing_else(
     place: Path, seed: int, kills: int, record_property: Record
 ) -> None:
-    folder, trials = place / f"kills-{seed}", 60 + 4 * kills
+    folder, trials = place / f"kills-{seed}", 60 + 6 * kills
     write_numbers(folder, trials=trials, seconds=1.0 if kills > 10 else 0.1)
     driver = start(arguments(place, folder))
     killed = kill_all_workers(driver, folder)

@@ -23,9 +23,10 @@ from orchestrator.worker_logs import attempts_of, worker_log
 from storage.donors import Donors
 from storage.ledger import ledger_path
 from storage.lock import driving
+from storage.manifest import StoredResult
 from storage.mlflow_log import Mirror, tracking_uri
 from storage.query import open_sweep
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 from tests import fake_job, fake_source
 from tests.fakes import InlinePool, SilentProgress, Stopped
 

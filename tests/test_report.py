@@ -22,9 +22,10 @@ from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
 from orchestrator.report import write_report
 from storage.artifacts import write_artifact
+from storage.manifest import StoredResult
 from storage.parquet import write_table
 from storage.query import open_sweep
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 
 LAYERS = (10, 14, 18)
 DOSES = (-0.3, -0.15, 0.0, 0.15, 0.3)

@@ -29,9 +29,10 @@ from search_spaces.base import Grid, Objective
 from storage.durable import StoreError
 from storage.ledger import Asked, Ledger
 from storage.lock import driving
+from storage.manifest import StoredResult
 from storage.query import open_sweep
 from storage.scores import scoring
-from storage.store import Part, Store, StoredResult
+from storage.store import Part, Store
 from tests.fakes import write_sweep
 from tests.models import tiny_replica
 from tests.sweeps import drive, make_space

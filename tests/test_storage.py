@@ -26,13 +26,23 @@ from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
 from storage import compaction, parquet
 from storage.artifacts import read_artifact, write_artifact
-from storage.durable import DiskFull, Log, StoreError, publish, read_log, remove_staging
-from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_dispatched
+from storage.durable import (
+    DiskFull,
+    Log,
+    StoreError,
+    drop_torn_line,
+    publish,
+    read_log,
+    read_log_backwards,
+    remove_staging,
+)
+from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_comparable, read_open
 from storage.lock import driver, driving
+from storage.manifest import Manifest, StoredResult
 from storage.parquet import TableStream, read_rows, write_table
 from storage.query import open_sweep
-from storage.schema import TABLES
-from storage.store import Part, Store, StoredResult
+from storage.schema import SCHEMA_VERSION, TABLES
+from storage.store import Part, Store
 from tests.fakes import StoredTrial, write_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -527,8 +537,11 @@ def test_a_commit_of_nothing_writes_nothing(tmp_path: Path) -> None:
 
 
 def scattered_store(folder: Path, commits: int) -> Store:
-    store = Store(folder)
-    for number in range(commits):
+    return more_commits(Store(folder), range(commits))
+
+
+def more_commits(store: Store, numbers: range) -> Store:
+    for number in numbers:
         metrics = [{"spec": f"s{number}", "split": "select", "name": "x", "value": float(number)}]
         trial = {"trial": number, "spec": f"s{number}", "state": "completed", "finished": 1.0 * number}
         result = StoredResult(f"s{number}", "failed" if number == 2 else "completed", None)
@@ -540,12 +553,12 @@ def rows_of(store: Store) -> dict[str, list[dict[str, Any]]]:
     return {table: store.rows(table) for table in ("trials", "metrics")}
 
 
-@pytest.mark.parametrize("key", ["replacex", "withdrawn"])
-def test_an_entry_of_the_manifest_that_was_damaged_is_refused(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("damage", [{"replacex": ["s7"]}, {"files": 1}, {"results": ["s7"]}, {"schema": "x"}])
+def test_an_entry_of_the_manifest_that_was_damaged_is_refused(tmp_path: Path, damage: dict[str, Any]) -> None:
     scattered_store(tmp_path, 3)
     path = tmp_path / "manifest" / "00000002.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: ["s7"]}))
-    with pytest.raises(StoreError, match=r"gone or not what was written|have no result"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(StoreError, match="gone or not what was written"):
         Store(tmp_path)
 
 
@@ -580,6 +593,15 @@ def test_who_looks_whether_somebody_drives_keeps_nobody_from_driving(tmp_path: P
         thread.join()
 
 
+def test_a_manifest_of_a_newer_version_is_refused_with_both_versions(tmp_path: Path) -> None:
+    scattered_store(tmp_path, 1)
+    path = tmp_path / "manifest" / "00000000.json"
+    newer = json.loads(path.read_text()) | {"schema": SCHEMA_VERSION + 1, "what": "nobody knows yet"}
+    path.write_text(json.dumps(newer))
+    with pytest.raises(StoreError, match=rf"newer .* schema {SCHEMA_VERSION + 1}; this one reads .* to"):
+        Store(tmp_path)
+
+
 def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -588,10 +610,39 @@ def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
     before, early_reader = rows_of(store), Store(tmp_path)
     store.compact()
     assert rows_of(store) == rows_of(Store(tmp_path)) == rows_of(early_reader) == before
-    assert [len(store.files(table)) for table in ("trials", "metrics")] == [1, 1]
-    assert Store(tmp_path).results == store.results
+    assert [len(store.files(table)) for table in ("trials", "metrics", "results")] == [1, 1, 1]
+    assert Store(tmp_path).results == store.results == early_reader.results
     store.compact()
-    assert len(list((tmp_path / "manifest").iterdir())) == 8, "there is nothing to do"
+    assert len(list((tmp_path / "manifest").iterdir())) == 9, "there is nothing to do"
+
+
+def test_a_death_between_compaction_and_checkpoint_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MANY", 4)
+    store = scattered_store(tmp_path, 4)
+    store.compact()
+    store.withdraw(["s2"])
+    more_commits(store, range(4, 8))
+    before, results = rows_of(store), dict(store.results)
+    assert "s2" not in results
+    monkeypatch.setattr(Manifest, "checkpoint", refuse_checkpoint)
+    with pytest.raises(StoreError):
+        store.compact()
+    monkeypatch.undo()
+    monkeypatch.setattr(compaction, "MANY", 4)
+    for again in (store, Store(tmp_path)):
+        assert rows_of(again) == before
+        assert again.results == results
+    again = Store(tmp_path)
+    again.compact()
+    assert rows_of(again) == rows_of(Store(tmp_path)) == before
+    assert Store(tmp_path).results == results
+    assert Store(tmp_path).withdrawn_trials() == [(2, 2.0)]
+
+
+def refuse_checkpoint(self: Manifest, **options: Any) -> None:
+    raise DiskFull("no room")
 
 
 def test_what_compaction_has_replaced_is_removed_when_nobody_reads_it_any_more(
@@ -600,17 +651,44 @@ def test_what_compaction_has_replaced_is_removed_when_nobody_reads_it_any_more(
     monkeypatch.setattr(compaction, "MANY", 4)
     store = scattered_store(tmp_path, 4)
     store.compact()
-    before = rows_of(store)
-    assert len(list(tmp_path.glob("tables/*/*"))) == 10
-    Store(tmp_path).compact()
-    assert len(list(tmp_path.glob("tables/*/*"))) == 10, "somebody may be reading"
-    monkeypatch.setattr("storage.store._READ_SECONDS", -1.0)
-    Store(tmp_path).compact()
-    assert len(list(tmp_path.glob("tables/*/*"))) == 2
-    assert rows_of(Store(tmp_path)) == before
+    more_commits(store, range(4, 8))
+    early_reader, before = Store(tmp_path), rows_of(store)
+    store.compact()
+    assert rows_of(early_reader) == before, "somebody may be reading"
+    assert len(list((tmp_path / "manifest").iterdir())) == 12
+    monkeypatch.setattr("storage.manifest.READ_SECONDS", -1.0)
+    again = Store(tmp_path)
+    more_commits(again, range(8, 12))
+    assert rows_of(Store(tmp_path)) == rows_of(again)
+    again.compact()
+    left = {path.relative_to(tmp_path) for path in tmp_path.glob("tables/*/*")}
+    listed = {Path(file.path) for file in again.files()}
+    assert left - listed <= {Path(path) for path in again.replaced}
+    assert len(left - listed) == 2 * 5, "those of the last compaction stay until the next one"
+    names = sorted(path.name for path in (tmp_path / "manifest").iterdir())
+    assert names == sorted(
+        [
+            "00000009.checkpoint.json",
+            *(f"{number:08d}.json" for number in range(9, 15)),
+            "00000014.checkpoint.json",
+        ]
+    )
+    assert rows_of(Store(tmp_path)) == rows_of(again)
+    assert len(Store(tmp_path).results) == 12
 
 
-def test_compaction_keeps_apart_what_was_withdrawn_and_what_large_files_hold(
+def test_entries_stay_where_others_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "MANY", 2)
+    monkeypatch.setattr("storage.manifest.READ_SECONDS", -1.0)
+    store = Store(tmp_path)
+    for first in range(0, 8, 2):
+        more_commits(store, range(first, first + 2))
+        store.compact(keeps_entries=True)
+    assert len(list((tmp_path / "manifest").glob("????????.json"))) == 12
+    assert [row["trial"] for row in Store(tmp_path).rows("trials")] == list(range(8))
+
+
+def test_what_was_withdrawn_counts_no_more_after_compaction_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compaction, "MANY", 2)
@@ -618,13 +696,19 @@ def test_compaction_keeps_apart_what_was_withdrawn_and_what_large_files_hold(
     store.withdraw(["s2"])
     again = {"trial": 2, "spec": "s2", "state": "completed", "finished": 9.0}
     store.commit([Part((), (StoredResult("s2", "completed", None),))], trials=[again])
-    store.commit([Part((), (StoredResult("s9", "completed", None),))], trials=[{"trial": 9, "spec": "s9"}])
     before, withdrawn = rows_of(store), store.withdrawn_trials()
-    assert [row["trial"] for row in before["trials"]] == [0, 1, 3, 4, 2, 9]
+    assert [row["trial"] for row in before["trials"]] == [0, 1, 3, 4, 2]
     store.compact()
-    assert rows_of(Store(tmp_path)) == before
-    assert Store(tmp_path).withdrawn_trials() == withdrawn == [(2, 2.0)]
-    assert len(store.files("trials")) == 6
+    for seen in (store, Store(tmp_path)):
+        assert rows_of(seen) == before
+        assert seen.withdrawn_trials() == withdrawn == [(2, 2.0)]
+        assert seen.results["s2"] == StoredResult("s2", "completed", None)
+
+
+def test_large_files_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = scattered_store(tmp_path, 5)
+    monkeypatch.setattr(compaction, "MANY", 2)
+    assert [len(run) for run in compaction.scattered(store.files())] == [5, 5]
     monkeypatch.setattr(compaction, "SMALL_BYTES", 0)
     assert compaction.scattered(store.files()) == []
 
@@ -632,7 +716,7 @@ def test_compaction_keeps_apart_what_was_withdrawn_and_what_large_files_hold(
 def test_compaction_on_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MANY", 4)
     store = scattered_store(tmp_path, 4)
-    before, files = rows_of(store), sorted(tmp_path.rglob("*"))
+    before, files = rows_of(store), files_under(tmp_path)
     real = Path.replace
     calls = iter(range(9))
 
@@ -644,7 +728,7 @@ def test_compaction_on_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(DiskFull):
         store.compact()
-    assert sorted(tmp_path.rglob("*")) == files
+    assert files_under(tmp_path) == files
     assert rows_of(store) == rows_of(Store(tmp_path)) == before
 
 
@@ -732,7 +816,46 @@ def test_the_ledger_gives_back_what_was_asked_and_what_was_dispatched(tmp_path: 
     ledger.dispatched("a2", "worker-1", ["s2", "s3"])
     assert read_asked(tmp_path) == proposals
     assert [trial.spec.id for trial in read_asked(tmp_path)] == [trial.spec.id for trial in proposals]
-    assert read_dispatched(tmp_path) == {"s1", "s2", "s3"}
+    assert read_open(tmp_path, []) == (proposals, {"s1", "s2", "s3"})
+    assert read_open(tmp_path, [2]) == (proposals[:2], {"s1", "s2", "s3"})
+    assert read_open(tmp_path, [0, 1]) == (proposals[2:], {"s2", "s3"}), "no further back than asked for"
+    assert read_open(tmp_path, [0, 1, 2])[0] == []
+    ledger.taken_over()
+    ledger.dispatched("a3", "worker-1", ["s3"])
+    assert read_open(tmp_path, [0]) == (proposals[1:], {"s3"})
+
+
+def test_what_trials_mean_anew_is_read_from_where_it_stands_last(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.asked([asked(0, x=1), asked(1, x=2), asked(2, x=3)])
+    ledger.changes_accepted("the code", [asked(1, x=4)])
+    ledger.asked([asked(3, x=5)])
+    ledger.asked_again([asked(0, x=6)])
+    assert read_asked(tmp_path) == [asked(0, x=6), asked(1, x=4), asked(2, x=3), asked(3, x=5)]
+    assert read_comparable(tmp_path) == [asked(1, x=4), asked(3, x=5), asked(0, x=6)]
+    for ended in ([], [2], [1, 2, 3], [0, 1], [0, 1, 2, 3]):
+        left = [each for each in read_asked(tmp_path) if each.trial not in ended]
+        assert read_open(tmp_path, ended) == (left, set())
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 2**20])
+def test_a_log_is_read_backwards_as_forwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("storage.durable._BLOCK_BYTES", block)
+    path = tmp_path / "log"
+    assert list(read_log_backwards(path)) == []
+    events = [{"event": "x" * length, "emoji": "👩‍🔬\n"} for length in (0, 3, 100, 1, 64)]
+    for number in range(len(events) + 1):
+        path.unlink(missing_ok=True)
+        Log(path).append(*events[:number])
+        for torn in (b"", b"{", b'{"event": "whole, but for its end"}'):
+            path.write_bytes(path.read_bytes() + torn)
+            assert list(read_log_backwards(path)) == list(read_log(path))[::-1] == events[:number][::-1]
+            drop_torn_line(path)
+    path.write_bytes(b'{"a": 1}\nhalf\n{"b": 2}\n')
+    with pytest.raises(StoreError, match="not what was written"):
+        list(read_log_backwards(path))
 
 
 def test_a_torn_line_of_the_ledger_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:

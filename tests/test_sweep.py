@@ -635,7 +635,7 @@ class TestReuse:
         with pytest.raises(SpecError, match="holds no sweep"):
             Donors([tmp_path])
 
-    @pytest.mark.parametrize("writer", ["donors", "store"])
+    @pytest.mark.parametrize("writer", ["donors", "manifest"])
     def test_what_is_taken_waits_for_room_on_a_full_disk(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
     ) -> None:

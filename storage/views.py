@@ -1,0 +1,84 @@
+"""Ready-made SQL views of what a sweep has found, as SELECT statements. Plain text; knows no database."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LAYERS = ("layer", "source")
+_DOSES = ("dose", "multiplier", "radius")
+
+
+def views(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each view that a sweep can have -> its SELECT statement, over the tables and earlier views.
+
+    Args:
+        identity: What `sweep.json` says: its parameters and objectives decide.
+    """
+    parameters, objectives = identity["parameters"], identity["objectives"]
+    layer = next((name for name in _LAYERS if name in parameters), None)
+    dose = next((name for name in _DOSES if name in parameters), None)
+    found = {}
+    if objectives:
+        found["points"] = _points([each["metric"] for each in objectives])
+    if objectives and layer:
+        found["best_per_layer"] = _best_per_layer(layer, **objectives[0])
+    if dose:
+        found["dose_response"] = _dose_response([name for name in (layer, dose) if name])
+    return found
+
+
+def _points(metrics: Sequence[str]) -> str:
+    """A row for each completed trial: what it reached where trials are chosen, and on the split report.
+
+    Which split trials are chosen on is as `jobs.spec.choosing_split` says.
+    """
+
+    def on(metric: str, split: str) -> str:
+        return f"max(value) FILTER (name = {quoted(metric)} AND split = '{split}')"
+
+    chosen = ", ".join(
+        f"CASE chosen_on WHEN 'select' THEN {on(metric, 'select')} ELSE {on(metric, 'extract')} END "
+        f"AS {identifier(metric)}"
+        for metric in metrics
+    )
+    report = ", ".join(f"{on(metric, 'report')} AS {identifier(f'{metric}_report')}" for metric in metrics)
+    return (
+        "SELECT trial, measured.* EXCLUDE (spec) FROM ("
+        "SELECT spec, CASE WHEN bool_or(split <> 'extract') THEN 'select' ELSE 'extract' END AS chosen_on, "
+        f"{chosen}, {report} FROM stored.metrics "
+        f"WHERE name IN ({', '.join(map(quoted, metrics))}) OR split <> 'extract' GROUP BY spec"
+        ") AS measured JOIN ("
+        "SELECT trial, spec FROM stored.ended WHERE state = 'completed' AND reused_from IS NULL"
+        ") USING (spec) ORDER BY trial"
+    )
+
+
+def _best_per_layer(layer: str, metric: str, direction: str) -> str:
+    """The best trial of each layer by the first objective."""
+    best = "arg_max" if direction == "maximize" else "arg_min"
+    return (
+        f"WITH reached AS MATERIALIZED (SELECT {identifier(layer)}, points.* "
+        "FROM points JOIN trials USING (trial)) "
+        f"SELECT * FROM reached WHERE trial IN (SELECT {best}(trial, {identifier(metric)}) FROM reached "
+        f"GROUP BY {identifier(layer)}) ORDER BY {identifier(layer)}"
+    )
+
+
+def _dose_response(across: Sequence[str]) -> str:
+    """Mean of every metric over the completed trials of each layer and dose, with the lowest and highest."""
+    listed = ", ".join(map(identifier, across))
+    return (
+        f"SELECT {listed}, split, name, avg(value) AS mean, min(value) AS least, max(value) AS most, "
+        f"count(value) AS trials FROM metrics JOIN (SELECT trial, {listed} FROM trials "
+        f"WHERE state = 'completed' AND reused_from IS NULL) USING (trial) "
+        f"GROUP BY ALL ORDER BY name, split DESC, {listed}"
+    )
+
+
+def quoted(text: str) -> str:
+    """A text as SQL has it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(text: str) -> str:
+    """The name of a column or table as SQL has it."""
+    return '"' + text.replace('"', '""') + '"'
