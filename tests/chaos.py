@@ -19,6 +19,7 @@ from orchestrator.sampler import OptunaSampler
 from storage import compaction
 from storage import store as store_module
 from storage.durable import Log
+from storage.manifest import Manifest
 from storage.store import Store
 from tests.fakes import InlinePool
 from tests.sweeps import study_of
@@ -37,6 +38,7 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
     "commit": (Store, "commit"),
     "write of a compacted table": (compaction, "put_together"),
     "compaction": (Store, "compact"),
+    "checkpoint": (Manifest, "checkpoint"),
     "sync": (os, "fsync"),
     "rename": (Path, "replace"),
     "tell": (OptunaSampler, "tell"),

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import folder as folder_module
 from orchestrator import worker as worker_module
-from storage import compaction
+from storage import compaction, manifest
 from storage.mlflow_log import Mirror
 from tests.chaos import BOUNDARIES, MLFLOW_BOUNDARIES, When, count_lines, kill_at, kill_at_line, toll
 from tests.mirrored import commit, make_database, make_sweep, runs_of
@@ -40,10 +40,11 @@ def killed(target: Callable[..., None], *arguments: Any) -> bool:
 
 
 def quick_start(folder: Path, name: str) -> None:
-    """What dies here is a process, not a machine; a worker delivers row by row, and few files are many."""
+    """What dies here is a process, not a machine; a worker delivers row by row; few files are many."""
     os.fsync = lambda file: None
     worker_module._FLUSH_SECONDS = -1.0
     compaction.MANY = 3
+    manifest.READ_SECONDS = -1.0
     folder_module.provenance = dict
     prepare(folder, SCENARIOS[name].space, workers=SCENARIOS[name].workers)
 
@@ -66,6 +67,7 @@ def _no_machine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "provenance", dict)
     monkeypatch.setattr(worker_module, "_FLUSH_SECONDS", -1.0)
     monkeypatch.setattr(compaction, "MANY", 3)
+    monkeypatch.setattr(manifest, "READ_SECONDS", -1.0)
 
 
 @pytest.fixture(scope="module")
