@@ -8,8 +8,6 @@ import numpy as np
 
 from jobs.spec import UNSTEERED
 from orchestrator.findings import Findings, Record, is_number, unsteered_specs
-from orchestrator.lineage import control_of
-from storage.ledger import read_asked
 from storage.query import StoredSweep
 
 SHOWN_OF_FRONT = 6
@@ -58,8 +56,9 @@ def _controls(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dic
         said = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})")
         places = {_place(row): row for row in said}
         return {trial: places for trial in trials}
-    specs = {asked.trial: asked.spec for asked in read_asked(sweep.folder)}
-    return {trial: _said_by(sweep, control_of(specs[trial])) for trial in trials}
+    listed = ", ".join(map(str, trials)) or "NULL"
+    rows = sweep.rows(f"SELECT trial, control FROM trials JOIN specs USING (spec) WHERE trial IN ({listed})")
+    return {row["trial"]: _said_by(sweep, row["control"]) for row in rows}
 
 
 def _said_by(sweep: StoredSweep, spec: str | None) -> dict[_Place, Record]:

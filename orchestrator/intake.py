@@ -87,7 +87,7 @@ class Intake:
         """Plan what has no result yet of a group's stage."""
         tasks: list[Task] = []
         first: list[Task] = []
-        cannot: list[StoredResult] = []
+        cannot: list[tuple[Spec, StoredResult]] = []
         for trial, stages in group.trials:
             spec = stages[group.stage]
             if not self._awaits(group, trial, stages) or spec.id in self.planned:
@@ -96,14 +96,14 @@ class Intake:
             if ended is None:
                 tasks.append(self._plan(spec, first, is_trial=True))
             else:
-                cannot.append(ended)
+                cannot.append((spec, ended))
         # Prerequisites are shared out at once: trials wait for the last of theirs.
         if first:
             share = math.ceil(len(first) / self._workers)
             self._scheduler.add(first, settled=self._results.artifacts, most=min(self._max_pack, share))
         self._scheduler.add(tasks, settled=self._results.artifacts, most=self._max_pack)
-        for result in cannot:
-            self._end(result)
+        for spec, result in cannot:
+            self._end(spec, result)
         self._go_on(group)
 
     def _awaits(self, group: _Group, trial: Asked, stages: Sequence[Spec]) -> bool:
@@ -171,15 +171,24 @@ class Intake:
         """
         further: list[StoredResult] = []
         for result in results:
-            planned = self.planned.pop(result.spec)
+            planned = self._pop(result.spec)
             if result.spec in self._results.artifacts:
                 self._scheduler.settle(result.spec)
                 continue
             why = _ended_without_artifact(planned.spec.job, result)
             for spec in self._scheduler.fail(result.spec):
-                del self.planned[spec]
+                self._pop(spec)
                 further.append(StoredResult(spec, "failed", why))
         return further
+
+    def _pop(self, spec: str) -> Planned:
+        planned = self.planned.pop(spec)
+        self._note(planned)
+        return planned
+
+    def _note(self, planned: Planned) -> None:
+        spec, needs = planned
+        self._results.note_spec(spec, needs.values(), self._planner.control(spec))
 
     def advance(self, specs: Iterable[str]) -> None:
         """Let groups go on to their next stage that waited for the last of these."""
@@ -198,14 +207,14 @@ class Intake:
         reasons = self._held_back(trials, group.stage)
         for index, (status, why) in reasons.items():
             trial, stages = trials[index]
-            own = stages[-1].id
+            own = stages[-1]
             # Another group may have let the same configuration through: the trial shares what becomes of it.
-            if (result := self._results.of(own)) is not None:
+            if (result := self._results.of(own.id)) is not None:
                 self._results.reuse(trial, result)
                 continue
             self._results.expect(trial)
-            if own not in self.planned:
-                self._end(StoredResult(own, status, why))
+            if own.id not in self.planned:
+                self._end(own, StoredResult(own.id, status, why))
         going = [trial for index, trial in enumerate(trials) if index not in reasons]
         self._enter(_Group(going, group.stage + 1))
 
@@ -226,8 +235,9 @@ class Intake:
         held = held_back(stage, self._space.objectives, metrics, of=len(trials))
         return ended | {left[place]: ("infeasible", f"{where}: {why}") for place, why in held.items()}
 
-    def _end(self, result: StoredResult) -> None:
+    def _end(self, spec: Spec, result: StoredResult) -> None:
         """A spec ends without having run."""
+        self._note(Planned(spec, self._planner.needs(spec)))
         self._results.accept(Part((), (result,)), seconds=None)
         self.advance([result.spec])
 

@@ -46,6 +46,12 @@ class Planner:
             for requirement, model in prerequisites(wanted, spec.model)
         }
 
+    def control(self, spec: Spec) -> str | None:
+        """Id of the spec whose texts a spec's are compared with; None where its job names none."""
+        named = getattr(load_job(spec.job), "control", lambda params: None)
+        need = named(make_params(spec.job, spec.params))
+        return None if need is None else make_spec(need, model=spec.model, seed=spec.seed).id
+
     def stages(self, spec: Spec) -> list[Spec]:
         """What a trial's spec has to pass, in order: its cheaper forms, and itself in the end."""
         cheaper = [

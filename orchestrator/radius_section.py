@@ -9,8 +9,8 @@ from jobs.errors import SpecError
 from jobs.resolve import parse_use
 from orchestrator.canvas import Paint
 from orchestrator.findings import Findings, Record
+from orchestrator.lineage import stored_specs
 from orchestrator.radius_figures import Line, radius_figure
-from storage.ledger import read_asked
 from storage.query import StoredSweep
 
 MOST_SHOWN = 4
@@ -40,10 +40,10 @@ def read_scans(sweep: StoredSweep, found: Findings) -> list[Scan]:
     """The first completed scans of a sweep of `jobs.radius_scan`; none of any other sweep."""
     if found.identity["job"] != _JOB:
         return []
-    specs = {asked.trial: asked.spec for asked in read_asked(sweep.folder)}
-    return [
-        _scan(sweep, trial, specs[trial["trial"]].params) for trial in [*found.scored.values()][:MOST_SHOWN]
-    ]
+    specs = stored_specs(sweep)
+    shown = [*found.scored.values()][:MOST_SHOWN]
+    known = [(trial, specs.get(found.trials[trial["trial"]]["spec"])) for trial in shown]
+    return [_scan(sweep, trial, spec.params) for trial, spec in known if spec is not None]
 
 
 def _scan(sweep: StoredSweep, trial: Record, params: Mapping[str, Any]) -> Scan:

@@ -9,7 +9,7 @@ from jobs.errors import SpecError
 from jobs.scoring import stored
 from jobs.scoring.scorers import identity
 from jobs.scoring.uses import parse_uses
-from storage.ledger import read_asked
+from orchestrator.lineage import stored_specs
 from storage.query import StoredSweep, open_sweep
 from storage.scores import Scored, Scores, scoring
 from storage.store import Store
@@ -60,7 +60,7 @@ def rescore(folder: Path, scorers: Sequence[str]) -> dict[str, Any]:
     with scoring(folder) as scores:
         work = [_Work(spec, rows, _unread(spec, uses, scores)) for spec, rows in completions.items()]
         before = len(completions) * len(uses) - sum(len(each.uses) for each in work)
-        added = _score(folder, [each for each in work if each.uses], scores)
+        added = _score(sweep, [each for each in work if each.uses], scores)
     return {
         "sweep": sweep.identity["sweep"],
         "added": added,
@@ -100,9 +100,9 @@ def _unread(spec: str, uses: Iterable[_Use], scores: Scores) -> list[_Use]:
     return [use for use in uses if use.of(spec) not in scores.done]
 
 
-def _score(folder: Path, work: Sequence[_Work], scores: Scores) -> int:
+def _score(sweep: StoredSweep, work: Sequence[_Work], scores: Scores) -> int:
     """Score and store, some specs at a time; gives the number of rows."""
-    specs = {asked.spec.id: asked.spec for asked in read_asked(folder)}
+    specs = stored_specs(sweep)
     for each in work:
         stored.check_stored(specs.get(each.spec), each.completions, [use.use for use in each.uses])
 

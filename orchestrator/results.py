@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.spec import Spec, Status, choosing_split, is_defined
 from orchestrator.budget import Budget
+from orchestrator.lineage import spec_row
 from orchestrator.pool import Finished
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
@@ -29,6 +30,7 @@ class _New:
 
     files: list[TableFile] = field(default_factory=list)
     results: dict[str, StoredResult] = field(default_factory=dict)
+    specs: list[Mapping[str, Any]] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -143,6 +145,11 @@ class Results:
         self._ended.add(trial.trial)
         self._new.trials.append(self._trial_row(trial, result, seconds))
 
+    def note_spec(self, spec: Spec, needs: Iterable[Spec], control: str | None) -> None:
+        """Take in, for the next `commit`, what a spec that has ended was made of; as in `spec_row`."""
+        if self.of(spec.id) is None:  # else its artifact was lost, and it was computed again
+            self._new.specs.append(spec_row(spec, needs, control))
+
     def note_attempts(self, attempts: Sequence[Mapping[str, Any]]) -> None:
         """Take attempts in that gave no result."""
         self._new.attempts += attempts
@@ -155,7 +162,7 @@ class Results:
         """
         new = self._new
         part = Part(tuple(new.files), tuple(new.results.values()))
-        self._store.commit([part], trials=new.trials, attempts=new.attempts)
+        self._store.commit([part], trials=new.trials, attempts=new.attempts, specs=new.specs)
         self._new = _New()
         for row in new.trials:
             self._tell(row)
@@ -180,7 +187,8 @@ class Results:
             self._remote.put(self._store.folder, kept.path)
         row = {**made, "hash": kept.sha256, "path": kept.path, "bytes": kept.bytes}
         results = () if self.of(spec.id) else (StoredResult(spec.id, "completed", None),)
-        self._store.commit([Part((), results)], artifacts=[row], attempts=[attempt])
+        specs = [] if self.of(spec.id) else [spec_row(spec)]
+        self._store.commit([Part((), results)], artifacts=[row], attempts=[attempt], specs=specs)
         self.artifacts[spec.id] = kept
         return True
 

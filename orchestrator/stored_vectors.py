@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.lineage import stored_params
+from orchestrator.lineage import stored_specs
 from storage.artifacts import Artifact
-from storage.query import open_sweep
+from storage.query import StoredSweep, open_sweep
 from storage.store import Store
 
 
@@ -88,9 +88,8 @@ def stored_directions(folder: Path) -> list[Directions]:
         SpecError: If the folder holds no sweep.
         StoreError: If its tables are not what was written.
     """
-    open_sweep(folder)
+    params = _params(open_sweep(folder))
     kept = _matrices(folder, "directions")
-    params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
     return [
         Directions(spec, job, params.get(spec), _layers(directions_LD), directions_LD.shape[1], artifact)
         for spec, job, artifact, directions_LD in kept
@@ -106,7 +105,7 @@ def stored_sets(folder: Path) -> list[LearnedSet]:
     rows = sweep.rows("SELECT spec, min(layer) AS layer FROM vectors GROUP BY spec")
     layers = {row["spec"]: row["layer"] for row in rows}
     kept = _matrices(folder, "vectors")
-    params = stored_params(folder, {spec: job for spec, job, _, _ in kept})
+    params = _params(sweep)
     found = []
     for spec, job, artifact, vectors_VD in kept:
         # What was taken over from another sweep has no rows in `vectors`.
@@ -116,6 +115,10 @@ def stored_sets(folder: Path) -> list[LearnedSet]:
             told = (spec, job, params.get(spec), layer, len(vectors_VD), norm)
             found.append(LearnedSet(*told, trials.get(spec, []), artifact))
     return found
+
+
+def _params(sweep: StoredSweep) -> dict[str, Mapping[str, Any]]:
+    return {spec: found.params for spec, found in stored_specs(sweep).items()}
 
 
 def _matrices(folder: Path, name: str) -> list[tuple[str, str, Artifact, np.ndarray]]:

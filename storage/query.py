@@ -100,6 +100,9 @@ class StoredSweep:
             _define_stored(connection, table, columns, paths[table])
         self._define_trials(connection, store)
         connection.execute("CREATE VIEW attempts AS SELECT * FROM stored.attempts ORDER BY started, attempt")
+        # What has failed and was tried again is there twice.
+        once = "DISTINCT *" if store.withdrawn_trials() else "*"
+        connection.execute(f"CREATE VIEW specs AS SELECT {once} FROM stored.specs")
         for table in RESULT_TABLES:
             connection.execute(
                 f"CREATE VIEW {table} AS SELECT trials.trial, kept.* "

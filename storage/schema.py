@@ -44,6 +44,17 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("finished", "real", "s since 1970", "when the result was accepted"),
         Column("params", "json", "", "the proposed parameters"),
     ),
+    "specs": (
+        _SPEC,
+        Column("job", "text", "", "import path of the job"),
+        Column("code", "text", "", "version of the job's code and of the libraries under it"),
+        Column("params", "json", "", "all of the job's parameters"),
+        Column("model", "json", "", "the weights: id, revision, fingerprint, dtype, tuning"),
+        Column("data", "json", "", "SHA-256 of each dataset"),
+        Column("seed", "integer", "", "seed of the row"),
+        Column("requires", "json", "", "ids of the specs whose artifacts it takes"),
+        Column("control", "text", "", "id of the spec whose texts its own are compared with"),
+    ),
     "results": (
         _SPEC,
         Column("status", "text", "", "completed, infeasible or failed; withdrawn takes back what is before"),

@@ -9,8 +9,10 @@ import optuna
 from optuna.trial import TrialState
 
 from jobs.resolve import make_params
+from jobs.spec import Spec
 from orchestrator.config import RunConfig
 from orchestrator.folder import claimed
+from orchestrator.lineage import stored_specs
 from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile
@@ -18,6 +20,7 @@ from orchestrator.sweep import Sweep
 from search_spaces.base import Float, Grid, Int, Objective, Space
 from storage.donors import Donors
 from storage.ledger import read_asked
+from storage.query import open_sweep
 from storage.store import Store
 from tests import fake_job
 from tests.fakes import InlinePool, SilentProgress
@@ -142,11 +145,27 @@ def check_ended(folder: Path, space: Space, *, trials: int) -> None:
         (row["trial"], json.loads(row["params"])) for row in rows
     ]
     assert [trial.spec.id for trial in asked] == [row["spec"] for row in rows]
+    check_specs(folder, {trial.spec.id: trial.spec for trial in asked})
     assert all(
         trial.values == [metrics[row["spec"], "select", objective.metric] for objective in space.objectives]
         for trial, row in zip(study, rows, strict=True)
         if row["state"] == "completed"
     )
+
+
+def check_specs(folder: Path, asked: Mapping[str, Spec]) -> None:
+    """Every spec that has a result stands in `specs` once, as it was, with what it took and where that is."""
+    store = Store(folder)
+    rows = {row["spec"]: row for row in open_sweep(folder).rows("SELECT * FROM specs")}
+    assert len(open_sweep(folder).rows("SELECT * FROM specs")) == len(rows)
+    assert rows.keys() == store.results.keys()
+    assert {name: spec for name, spec in stored_specs(open_sweep(folder)).items() if name in asked} == asked
+    made = {row["spec"] for row in store.rows("artifacts")}
+    for spec, row in rows.items():
+        needs = json.loads(row["requires"])
+        assert set(needs) <= rows.keys()
+        if store.results[spec].status == "completed":
+            assert set(needs) <= made
 
 
 class Scenario(NamedTuple):

@@ -1,7 +1,6 @@
 """Directions of a sweep as control vectors: what is listed, what is written, what is refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,12 @@ from typer.testing import CliRunner
 
 from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
-from jobs.resolve import make_params
-from jobs.spec import ModelRef, Spec, params_to_json
 from orchestrator.cli import app
 from orchestrator.export import Chosen, export
 from orchestrator.stored_vectors import stored_directions
 from search_spaces.base import Grid, Objective
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import StoreError
-from storage.ledger import Asked, Ledger
 from storage.query import open_sweep
 from storage.store import Store
 from tests.fakes import write_sweep
@@ -129,20 +125,11 @@ def test_artifacts_of_other_kinds_are_not_listed(tmp_path: Path) -> None:
     assert stored_directions(store(tmp_path / "b", directions=np.zeros(3))) == []
 
 
-def test_parameters_are_told_after_the_code_has_changed_only_where_they_are_certain(tmp_path: Path) -> None:
+def test_what_nobody_knows_the_parameters_of_is_exported_by_the_name_of_its_job(tmp_path: Path) -> None:
     folder = store(tmp_path / "sweep", **arrays())
-    params = params_to_json(make_params("jobs.generate", {"layer": 1, "dose": 0.5, "direction": "pca"}))
-    spec = Spec(job="jobs.generate", code="old", params=params, model=ModelRef(id="m"), data={}, seed=0)
-    gone = replace(spec, params={"no such parameter": 1})
-    Ledger(folder).asked(
-        [Asked(trial=n, params={}, spec=s, seen=0, group=n) for n, s in enumerate((spec, gone))]
-    )
     [only] = stored_directions(folder)
-    assert only.params is not None
-    assert only.params["method"] == "pca"
-    add(folder, "other", **arrays(1))
-    assert [each.params for each in stored_directions(folder)] == [None, None]
-    export(folder, Chosen(tmp_path / "v.safetensors", "other"))
+    assert only.params is None
+    export(folder, Chosen(tmp_path / "v.safetensors"))
     assert read_vectors(tmp_path / "v.safetensors").metadata["method"] == "jobs.extract"
 
 

@@ -13,7 +13,7 @@ from jobs.reading import behaviours
 from orchestrator.comparisons import compare_replies
 from orchestrator.export import Chosen, export
 from orchestrator.findings import axes, others, read_findings
-from orchestrator.lineage import control_of
+from orchestrator.lineage import stored_specs
 from orchestrator.report import write_report
 from orchestrator.stored_vectors import stored_sets
 from search_spaces.base import Grid, Objective
@@ -136,7 +136,7 @@ class TestReport:
         found = read_findings(sweep)
         assert (found.control, found.unsteered) == ("random vectors", {})
         shown = compare_replies(sweep, found)
-        specs = {asked.trial: asked.spec for asked in read_asked(learned)}
+        specs = stored_specs(sweep)
         radii = {asked.spec.id: asked.params["radius"] for asked in read_asked(learned)}
         tried = 0
         for each in shown:
@@ -144,7 +144,11 @@ class TestReport:
                 continue
             for reply, control in each.replies:
                 assert control is not None
-                assert control["spec"] == control_of(specs[each.trial["trial"]])
+                spec = specs[control["spec"]]
+                assert (spec.params["optimiser"], spec.params["radius"]) == (
+                    "none",
+                    each.trial["params"]["radius"],
+                )
                 assert radii[control["spec"]] == each.trial["params"]["radius"]
                 assert (control["item"], control["prompt"]) == (reply["item"], reply["prompt"])
                 tried += 1

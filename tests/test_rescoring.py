@@ -24,10 +24,10 @@ from jobs.scoring.scorers import Use, apply_scorers
 from jobs.spec import ModelRef, Spec
 from orchestrator import rescoring
 from orchestrator.cli import app
+from orchestrator.lineage import spec_row
 from orchestrator.rescoring import rescore
 from search_spaces.base import Grid, Objective
 from storage.durable import StoreError
-from storage.ledger import Asked, Ledger
 from storage.lock import driving
 from storage.manifest import StoredResult
 from storage.query import open_sweep
@@ -55,7 +55,6 @@ def add_result(folder: Path, number: int, *, prompts: str, samples: int = 1) -> 
     params = {"prompts": prompts, "count": 0, "samples": samples, "layer": number}
     data = {"prompts": data_hash(prompts)}
     spec = Spec(job="jobs.generate", code="c", params=params, model=ModelRef(id="m"), data=data, seed=0)
-    Ledger(folder).asked([Asked(trial=number, params={}, spec=spec, seen=0, group=number)])
     said = [(0, "select", "Pick one."), (2, "report", "Pick again."), (3, "report", "And now?")]
     completions = [
         {"spec": spec.id, "split": split, "item": item * samples + sample, "prompt": prompt, "text": text}
@@ -64,7 +63,10 @@ def add_result(folder: Path, number: int, *, prompts: str, samples: int = 1) -> 
     ]
     trial = {"trial": number, "spec": spec.id, "state": "completed", "params": "{}"}
     Store(folder).commit(
-        [Part((), (StoredResult(spec.id, "completed", None),))], trials=[trial], completions=completions
+        [Part((), (StoredResult(spec.id, "completed", None),))],
+        trials=[trial],
+        completions=completions,
+        specs=[spec_row(spec)],
     )
 
 
