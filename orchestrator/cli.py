@@ -245,7 +245,7 @@ def fetch(
         say(f"{out}: {files} files; `steersweep resume {out}` goes on with it")
 
 
-for looking in (kept.status, kept.pareto, kept.query, kept.logs, kept.doctor):
+for looking in (kept.status, kept.show, kept.pareto, kept.query, kept.logs, kept.doctor):
     app.command()(looking)
 for writing in (kept.score, kept.vectors, kept.report, kept.ui):
     app.command()(writing)

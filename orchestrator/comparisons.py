@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jobs.spec import UNSTEERED
-from orchestrator.findings import Findings, Record, is_number, unsteered_specs
+from orchestrator.findings import Findings, Record, control_of, is_number, unsteered_specs
 from storage.query import StoredSweep
 
 SHOWN_OF_FRONT = 6
@@ -31,34 +31,40 @@ class Comparison(NamedTuple):
 def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
-    replies = _replies(sweep, list(chosen))
-    controls = _controls(sweep, found, list(chosen))
-    comparisons = [
-        Comparison(
-            found.scored[trial],
-            why,
-            [(row, controls[trial].get(_place(row))) for row in replies if row["trial"] == trial],
-        )
+    replies = replies_of(sweep, list(chosen))
+    return [
+        Comparison(found.scored[trial], why, replies[trial])
         for trial, why in chosen.items()
+        if replies[trial]
     ]
-    return [comparison for comparison in comparisons if comparison.replies]
 
 
-def _controls(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[int, dict[_Place, Record]]:
+def replies_of(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, list[tuple[Record, Record | None]]]:
+    """Trial -> its rows of the table `completions`, each with its control's, where there is one."""
+    controls = _controls(sweep, trials)
+    found: dict[int, list[tuple[Record, Record | None]]] = {trial: [] for trial in trials}
+    for row in _replies(sweep, trials):
+        found[row["trial"]].append((row, controls[row["trial"]].get(_place(row))))
+    return found
+
+
+def _controls(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, dict[_Place, Record]]:
     """Trial -> what is said at each place by its control.
 
     Where the job names no control of a trial's own, that is the unsteered model, the same for all trials.
     """
-    if not found.control:
+    control = control_of(sweep.identity)
+    if not control:
         return {trial: {} for trial in trials}
-    if found.control == UNSTEERED:
+    if control == UNSTEERED:
         listed = unsteered_specs(sweep)
         said = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})")
         places = {_place(row): row for row in said}
         return {trial: places for trial in trials}
     listed = ", ".join(map(str, trials)) or "NULL"
     rows = sweep.rows(f"SELECT trial, control FROM trials JOIN specs USING (spec) WHERE trial IN ({listed})")
-    return {row["trial"]: _said_by(sweep, row["control"]) for row in rows}
+    named = {row["trial"]: row["control"] for row in rows}
+    return {trial: _said_by(sweep, named.get(trial)) for trial in trials}
 
 
 def _said_by(sweep: StoredSweep, spec: str | None) -> dict[_Place, Record]:

@@ -48,12 +48,18 @@ def read_findings(sweep: StoredSweep) -> Findings:
             scored[number] = {**found, "trial": number, "params": own}
     # A running sweep may have gone on since the trials were read.
     front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
-    control = sweep.identity.get("control", UNSTEERED)
+    control = control_of(sweep.identity)
     unsteered = _unsteered(sweep) if control == UNSTEERED else {}
     split = next((row["split"] for row in scored.values()), "select")
     return Findings(
         sweep.identity, trials, scored, front, _measures(sweep.identity), control, unsteered, split
     )
+
+
+def control_of(identity: Mapping[str, Any]) -> str:
+    """What the texts of a sweep's trials are compared with, in a word or two; empty if with nothing."""
+    control: str = identity.get("control", UNSTEERED)
+    return control
 
 
 def _unsteered(sweep: StoredSweep) -> dict[str, dict[str, float]]:

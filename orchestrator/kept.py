@@ -9,7 +9,7 @@ import typer
 
 from jobs.errors import SpecError
 from jobs.resolve import load_job
-from orchestrator.printing import FORMATS, Json, print_json, print_pareto, print_table, say
+from orchestrator.printing import FORMATS, Json, print_json, print_pareto, print_table, print_trial, say
 from orchestrator.shipped import list_scorers
 
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
@@ -38,6 +38,22 @@ def status(folder: Folder, as_json: Json = False) -> None:
         say(f"{name:>10}  {'none' if value is None else value}")
     for failure in failures:
         say(f"trial {failure['trial']}: {failure['reason']}")
+
+
+def show(
+    folder: Folder,
+    trial: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
+    texts: Annotated[int, typer.Option(min=0, help="Most completions of each split.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """One trial in full: parameters, metrics with intervals, what it says, and what it was made of."""
+    from orchestrator.showing import describe_trial
+
+    found = describe_trial(folder, trial, texts=texts)
+    if as_json:
+        print_json(found)
+    else:
+        print_trial(found)
 
 
 def logs(

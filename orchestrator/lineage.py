@@ -30,6 +30,28 @@ def spec_row(spec: Spec, needs: Iterable[Spec] = (), control: str | None = None)
     }
 
 
+def lineage(sweep: StoredSweep, spec: str) -> list[dict[str, Any]]:
+    """What a result was made of: its own spec first, then all that it took, and what those took.
+
+    Returns:
+        Rows of the table `specs`, with their JSON read and with `artifact`: hash, path and bytes, or None.
+    """
+    rows = {row["spec"]: row for row in sweep.rows("SELECT * FROM specs")}
+    artifacts = {row["spec"]: row for row in sweep.rows("SELECT spec, hash, path, bytes FROM artifacts")}
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [spec]
+    while waiting:
+        name = waiting.pop(0)
+        if name in found or name not in rows:
+            continue
+        read = {column: json.loads(rows[name][column]) for column in ("params", "model", "data", "requires")}
+        kept = artifacts.get(name)
+        artifact = None if kept is None else {key: kept[key] for key in ("hash", "path", "bytes")}
+        found[name] = {**rows[name], **read, "artifact": artifact}
+        waiting += read["requires"]
+    return [*found.values()]
+
+
 def stored_specs(sweep: StoredSweep) -> dict[str, Spec]:
     """The specs that have a result so far, by id."""
     rows = sweep.rows("SELECT * FROM specs")

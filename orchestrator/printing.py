@@ -60,6 +60,39 @@ def print_plan(found: Mapping[str, Any]) -> None:
         )
 
 
+def print_trial(found: Mapping[str, Any]) -> None:
+    """What is stored of a trial: parameters, metrics, texts, and what it was made of."""
+    front = ", on the Pareto front" if found["is_on_front"] else ""
+    same = "" if found["reused_from"] is None else f", the same work as trial {found['reused_from']}"
+    say(f"trial {found['trial']}: {found['state']}{front}{same}")
+    if found["reason"]:
+        say(f"  {found['reason']}")
+    for name, value in found["params"].items():
+        say(f"  {name} = {_cell(value)}")
+    for metric in found["metrics"]:
+        ends = [metric["low"], metric["high"]]
+        interval = "" if None in ends else f" ({_cell(ends[0])} to {_cell(ends[1])})"
+        value = "not defined" if metric["value"] is None else _cell(metric["value"])
+        say(f"  {metric['name']} ({metric['split']}): {value}{interval} {metric['unit']}".rstrip())
+    for each in found["texts"]:
+        say(f"{each['split']}, item {each['item']}: {_one_line(each['prompt'])}")
+        say(f"  > {_one_line(each['text'])}")
+        if each["control"] is not None:
+            say(f"  {found['control']} > {_one_line(each['control'])}")
+    for place, spec in enumerate(found["made_of"]):
+        where = "" if spec["artifact"] is None else f", {spec['artifact']['path']}"
+        say(f"{'made of' if place else 'spec'} {spec['spec']}: {spec['job']}, seed {spec['seed']}{where}")
+        say(f"  {json.dumps(spec['params'], ensure_ascii=False)}")
+    if found["made_of"]:
+        model = found["made_of"][0]["model"]
+        say("model " + ", ".join(f"{name} {value}" for name, value in model.items() if value))
+
+
+def _one_line(text: str) -> str:
+    """Text of a model on one line, with nothing that a terminal obeys."""
+    return repr(text)
+
+
 def _duration(hours: float) -> str:
     if hours >= 1.5:
         return f"about {hours:.1f} hours"

@@ -57,6 +57,7 @@ def write_sweep(
     folder.mkdir(exist_ok=True)
     identity = {
         "sweep": "numbers-12345678",
+        "job": "tests.fake_job",
         "parameters": dict(parameters or {}),
         "objectives": [
             {"metric": metric, "direction": direction} for metric, direction in objectives.items()
