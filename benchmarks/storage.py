@@ -19,8 +19,9 @@ from typing import Any
 
 from benchmarks.filling import OBJECTIVES
 from benchmarks.machine import describe
+from storage.front import front
 from storage.mlflow_log import Mirror, tracking_uri
-from storage.pareto import front, pareto
+from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep
 
 RESULTS = Path(__file__).parent / "results" / "storage.json"

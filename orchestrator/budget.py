@@ -8,7 +8,7 @@ import numpy as np
 
 from orchestrator.config import RunConfig
 from search_spaces.base import Objective
-from storage.pareto import hypervolume
+from storage.front import hypervolume
 
 _CHECK_SECONDS = 5.0
 _WINDOW = 0.25

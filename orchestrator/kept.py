@@ -9,7 +9,16 @@ import typer
 
 from jobs.errors import SpecError
 from jobs.resolve import load_job
-from orchestrator.printing import FORMATS, Json, print_json, print_pareto, print_table, print_trial, say
+from orchestrator.printing import (
+    FORMATS,
+    Json,
+    print_doubts,
+    print_json,
+    print_pareto,
+    print_table,
+    print_trial,
+    say,
+)
 from orchestrator.shipped import list_scorers
 
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
@@ -97,15 +106,16 @@ def doctor(
 
 
 def pareto(folder: Folder, as_json: Json = False) -> None:
-    """The trials that no other trial dominates, with the report split beside the select split."""
-    from storage.pareto import pareto as find_pareto
+    """The trials that no other dominates, how sure that is, and the report split beside the select split."""
     from storage.query import open_sweep
+    from storage.uncertainty import doubted_front
 
-    found = find_pareto(open_sweep(folder))
+    found = doubted_front(open_sweep(folder))
     if as_json:
-        print_json({"pareto": found})
+        print_json(found)
     else:
-        print_pareto(found)
+        print_pareto(found["pareto"])
+        print_doubts(found)
 
 
 def query(

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,21 +13,43 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 def print_pareto(found: list[dict[str, Any]]) -> None:
-    """A Pareto front as a table: parameters, then objectives on the split of choice and on report, if any."""
+    """A Pareto front as a table: parameters, then objectives on the split of choice and on report, if any.
+
+    How sure it is stands beside it: intervals of 95 %, and how often draws have a point on the front.
+    """
     if not found:
         say("no completed trial yet, so no Pareto front")
         return
     has_report = found[0]["split"] == "select"
+    is_doubted = any(point.get("probability", 1.0) < 1.0 for point in found)
     rows = [
         {
-            "trial": point["trial"],
+            "trial": f"{point['trial']} (knee)" if point.get("is_knee") else point["trial"],
             **point["params"],
-            **{f"{name} ({point['split']})": value for name, value in point["objectives"].items()},
+            **{
+                f"{name} ({point['split']})": _with_interval(value, point.get("intervals", {}).get(name))
+                for name, value in point["objectives"].items()
+            },
             **{f"{name} (report)": value for name, value in point["report"].items() if has_report},
+            **({"on the front": point["probability"]} if is_doubted else {}),
         }
         for point in found
     ]
     print_table(list(rows[0]), rows)
+
+
+def print_doubts(found: Mapping[str, Any]) -> None:
+    """What `storage.uncertainty.doubted_front` says besides the front itself."""
+    if found["near"]:
+        say("not on the front, but in a tenth of the draws or more:")
+        print_pareto(found["near"])
+    for name, gained in found["optimism"].items():
+        if gained is not None and gained > 0:
+            say(f"{name}: the front looks {gained:.3g} better on select, where it was chosen, than on report")
+
+
+def _with_interval(value: Any, ends: Sequence[float] | None) -> str:
+    return _cell(value) if ends is None else f"{_cell(value)} ({_cell(ends[0])} to {_cell(ends[1])})"
 
 
 def print_reasons(reasons: list[dict[str, Any]]) -> None:

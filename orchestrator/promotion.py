@@ -7,7 +7,7 @@ import numpy as np
 
 from jobs.spec import is_defined
 from search_spaces.base import Objective, Stage, broken
-from storage.pareto import best_first
+from storage.front import best_first
 
 
 def held_back(

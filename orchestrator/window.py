@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.pareto import front
+from storage.front import front
 
 GENERATION = NSGAIISampler._get_generation_key()
 """Attribute of a trial that says which generation it is of."""

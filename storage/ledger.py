@@ -3,7 +3,7 @@
 Results are not here: a result exists once a manifest entry lists its files.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,15 @@ def read_limits(folder: Path) -> dict[tuple[str, str], int]:
     return {(event["job"], event["model"]): event["most"] for event in _events(folder, "limited")}
 
 
-def read_open(folder: Path, ended: Collection[int]) -> tuple[list[Asked], set[str]]:
+def read_open(
+    folder: Path, number_ended: int, ended: Callable[[], Collection[int]]
+) -> tuple[list[Asked], set[str]]:
     """What has been asked for and has not ended, read no further back than it was asked for.
 
     Args:
         folder: The sweep's folder.
-        ended: Numbers of the trials that have.
+        number_ended: How many trials have.
+        ended: Gives their numbers; asked for only where something is open.
 
     Returns:
         The proposals, in order; ids of the specs that the latest driver has given to a worker since then.
@@ -148,6 +151,7 @@ def read_open(folder: Path, ended: Collection[int]) -> tuple[list[Asked], set[st
     """
     found: dict[int, Asked] = {}
     dispatched: set[str] = set()
+    known: Collection[int] | None = None
     is_latest, left = True, None
     path = ledger_path(folder)
     for event in (_checked(path, event) for event in read_log_backwards(path)):
@@ -158,8 +162,10 @@ def read_open(folder: Path, ended: Collection[int]) -> tuple[list[Asked], set[st
         elif event["event"] in _PROPOSALS:
             trials = {trial.trial: trial for trial in _trials(event)}
             if left is None and event["event"] == "asked":  # they are numbered from 0
-                left = max(trials) + 1 - len(ended)
-            found = {number: each for number, each in trials.items() if number not in ended} | found
+                left = max(trials) + 1 - number_ended
+            if left is None or left > 0:
+                known = ended() if known is None else known
+                found = {number: each for number, each in trials.items() if number not in known} | found
         if left is not None and len(found) >= left:
             break
     return [found[number] for number in sorted(found)], dispatched

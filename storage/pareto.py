@@ -1,102 +1,98 @@
 """The non-dominated trials of a sweep."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import moocore
 import numpy as np
+import pyarrow as pa
 
 from jobs.spec import choosing_split
+from storage.front import front
 from storage.query import StoredSweep
 
 
-def front(points: np.ndarray, directions: Sequence[str]) -> np.ndarray:
-    """Which points no other point dominates; equal points are all kept.
+class Points(NamedTuple):
+    """What the completed trials have reached, T trials and O objectives.
 
-    Args:
-        points: Shape (points, objectives), finite.
-        directions: `minimize` or `maximize` for each objective.
-
-    Returns:
-        Boolean array of shape (points,).
+    Attributes:
+        names: Metrics of the objectives.
+        directions: `minimize` or `maximize` for each.
+        trials_T: Their numbers, in any order.
+        values_TO: On the split that they are chosen on, float64, NaN where an objective is not defined.
+        report_TO: The same on the split report.
+        splits_T: The split that each is chosen on, as Arrow has it: a million Python texts take long.
     """
-    if len(points) == 0:
-        return np.zeros(0, dtype=bool)
-    maximise = [direction == "maximize" for direction in directions]
-    mask: np.ndarray = moocore.is_nondominated(points, maximise=maximise, keep_weakly=True)
-    return mask
+
+    names: list[str]
+    directions: list[str]
+    trials_T: np.ndarray
+    values_TO: np.ndarray
+    report_TO: np.ndarray
+    splits_T: pa.ChunkedArray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Indices of the trials that have all objectives."""
+        return np.flatnonzero(np.isfinite(self.values_TO).all(axis=1))
 
 
-def hypervolume(points: np.ndarray, directions: Sequence[str], *, among: np.ndarray) -> float:
-    """Volume that points dominate, up to the worst values of a set that they are among, each scaled to 0..1.
+def read_points(sweep: StoredSweep) -> Points:
+    """The view `points` as arrays."""
+    names = [objective["metric"] for objective in sweep.identity["objectives"]]
+    found = sweep.query("SELECT * FROM points")
 
-    Args:
-        points: Shape (points, objectives), finite.
-        directions: `minimize` or `maximize` for each objective.
-        among: All points, for the reference and the scale.
-    """
-    signs = np.where([direction == "maximize" for direction in directions], -1.0, 1.0)
-    low, high = (among * signs).min(axis=0), (among * signs).max(axis=0)
-    scaled = (points * signs - low) / np.where(high > low, high - low, 1.0)
-    return float(moocore.hypervolume(scaled, ref=np.ones(scaled.shape[1])))
+    def columns(tail: str) -> np.ndarray:
+        return np.column_stack([found[name + tail].to_numpy() for name in names]).astype(float)
 
-
-def best_first(points: np.ndarray, directions: Sequence[str]) -> list[int]:
-    """Indices of points in the order of NSGA-II: by front, and inside one the lonelier first.
-
-    Args:
-        points: Shape (points, objectives), finite.
-        directions: `minimize` or `maximize` for each objective.
-
-    Sources: Deb et al. 2002, sections III.A and III.B. Of equal ones the earlier comes first.
-    """
-    maximise = [direction == "maximize" for direction in directions]
-    ranks = moocore.pareto_rank(points, maximise=maximise)
-    lonely = np.zeros(len(points))
-    for rank in np.unique(ranks):
-        members = np.flatnonzero(ranks == rank)
-        lonely[members] = _crowding(points[members])
-    return [int(index) for index in np.lexsort((np.arange(len(points)), -lonely, ranks))]
-
-
-def _crowding(points: np.ndarray) -> np.ndarray:
-    """How far the neighbours of each point lie apart, summed over the objectives; infinite at their ends."""
-    distance = np.zeros(len(points))
-    for values in points.T:
-        order = np.argsort(values, kind="stable")
-        span = values[order[-1]] - values[order[0]]
-        distance[order[[0, -1]]] = np.inf
-        if span > 0:
-            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
-    return distance
+    return Points(
+        names,
+        [objective["direction"] for objective in sweep.identity["objectives"]],
+        found["trial"].to_numpy(),
+        columns(""),
+        columns("_report"),
+        found["chosen_on"],
+    )
 
 
 def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
-    """Completed trials of the front, best first objective first.
+    """Completed trials of the front, best first objective first, as `described` has them."""
+    points = read_points(sweep)
+    return described(sweep, points, front_of(points))
 
-    Each row holds `trial`, `params`, the objectives (`objectives`) on the split that trials are chosen on
-    (`split`) and the same metrics on the split report (`report`).
+
+def front_of(points: Points) -> np.ndarray:
+    """Indices of the points on the front, best first objective first."""
+    kept = points.whole[front(points.values_TO[points.whole], points.directions)]
+    sign = -1 if points.directions[0] == "maximize" else 1
+    order: np.ndarray = kept[np.lexsort((points.trials_T[kept], sign * points.values_TO[kept, 0]))]
+    return order
+
+
+def described(sweep: StoredSweep, points: Points, places: np.ndarray) -> list[dict[str, Any]]:
+    """Some of the points as rows.
+
+    Each holds `trial`, `params`, the objectives (`objectives`) on the split that trials are chosen on
+    (`split`) and the same metrics on the split report (`report`), None where not defined.
     """
-    names = [objective["metric"] for objective in sweep.identity["objectives"]]
-    directions = [objective["direction"] for objective in sweep.identity["objectives"]]
-    found = sweep.query("SELECT * FROM points")
-    points = np.column_stack([found[name].to_numpy() for name in names]).astype(float)
-    whole = np.flatnonzero(np.isfinite(points).all(axis=1))
-    kept = whole[front(points[whole], directions)]
-    sign = -1 if directions[0] == "maximize" else 1
-    # Rows are in the order of trials, and the sort is stable.
-    rows = found.take(kept[np.argsort(sign * points[kept, 0], kind="stable")]).to_pylist()
-    params = _params(sweep, [row["trial"] for row in rows])
+    trials = points.trials_T[places].tolist()
+    params = _params(sweep, trials)
     return [
         {
-            "trial": row["trial"],
-            "params": params[row["trial"]],
-            "split": row["chosen_on"],
-            "objectives": {name: row[name] for name in names},
-            "report": {name: row[f"{name}_report"] for name in names},
+            "trial": trial,
+            "params": params[trial],
+            "split": points.splits_T[place].as_py(),
+            "objectives": _named(points.names, points.values_TO[place]),
+            "report": _named(points.names, points.report_TO[place]),
         }
-        for row in rows
+        for trial, place in zip(trials, places.tolist(), strict=True)
     ]
+
+
+def _named(names: Sequence[str], values_O: np.ndarray) -> dict[str, float | None]:
+    return {
+        name: value if np.isfinite(value) else None
+        for name, value in zip(names, values_O.tolist(), strict=True)
+    }
 
 
 def _params(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, dict[str, Any]]:

@@ -114,7 +114,8 @@ class StoredSweep:
 
     def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
         connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
-        if withdrawn := store.withdrawn_trials():
+        withdrawn = store.withdrawn_trials()
+        if withdrawn:
             connection.executemany("INSERT INTO stored.withdrawn VALUES (?, ?)", withdrawn)
         connection.execute(
             "CREATE VIEW stored.ended AS "
@@ -122,8 +123,13 @@ class StoredSweep:
         )
         columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
         connection.execute(f"CREATE TABLE stored.open_trials ({columns})")
-        [ended] = connection.sql("SELECT trial FROM stored.ended").fetchnumpy().values()
-        waiting, dispatched = read_open(self.folder, set(ended.tolist()))
+
+        def ended() -> set[int]:
+            [numbers] = connection.sql("SELECT trial FROM stored.ended").fetchnumpy().values()
+            return set(numbers.tolist())
+
+        number = sum(file.rows for file in store.files("trials")) - len(withdrawn)
+        waiting, dispatched = read_open(self.folder, number, ended)
         is_driven = driver(self.folder) is not None
         rows = [
             (

@@ -32,24 +32,38 @@ def _points(metrics: Sequence[str]) -> str:
     Which split trials are chosen on is as `jobs.spec.choosing_split` says.
     """
 
-    def on(metric: str, split: str) -> str:
-        return f"max(value) FILTER (name = {quoted(metric)} AND split = '{split}')"
+    def column(split: str, metric: str) -> str:
+        return identifier(f"{split} {metric}")
 
+    values = ", ".join(
+        f"max(value) FILTER (name = {quoted(metric)} AND split = '{split}') AS {column(split, metric)}"
+        for split in ("select", "extract", "report")
+        for metric in metrics
+    )
     chosen = ", ".join(
-        f"CASE chosen_on WHEN 'select' THEN {on(metric, 'select')} ELSE {on(metric, 'extract')} END "
+        f"CASE WHEN is_later THEN {column('select', metric)} ELSE {column('extract', metric)} END "
         f"AS {identifier(metric)}"
         for metric in metrics
     )
-    report = ", ".join(f"{on(metric, 'report')} AS {identifier(f'{metric}_report')}" for metric in metrics)
-    return (
-        "SELECT trial, measured.* EXCLUDE (spec) FROM ("
-        "SELECT spec, CASE WHEN bool_or(split <> 'extract') THEN 'select' ELSE 'extract' END AS chosen_on, "
-        f"{chosen}, {report} FROM stored.metrics "
-        f"WHERE name IN ({', '.join(map(quoted, metrics))}) OR split <> 'extract' GROUP BY spec"
-        ") AS measured JOIN ("
-        "SELECT trial, spec FROM stored.ended WHERE state = 'completed' AND reused_from IS NULL"
-        ") USING (spec) ORDER BY trial"
+    report = ", ".join(
+        f"{column('report', metric)} AS {identifier(f'{metric}_report')}" for metric in metrics
     )
+    return f"""
+        WITH measured AS MATERIALIZED (
+            SELECT spec, bool_or(split <> 'extract') AS has_objectives_later, {values}
+            FROM stored.metrics WHERE name IN ({", ".join(map(quoted, metrics))}) GROUP BY spec
+        ), others AS (
+            SELECT DISTINCT spec, true AS has_others_later FROM stored.metrics
+            SEMI JOIN (SELECT spec FROM measured WHERE NOT has_objectives_later) USING (spec)
+            WHERE split <> 'extract'
+        ), placed AS (
+            SELECT *, has_objectives_later OR has_others_later IS NOT NULL AS is_later
+            FROM measured LEFT JOIN others USING (spec)
+        )
+        SELECT trial, CASE WHEN is_later THEN 'select' ELSE 'extract' END AS chosen_on, {chosen}, {report}
+        FROM placed JOIN (
+            SELECT trial, spec FROM stored.ended WHERE state = 'completed' AND reused_from IS NULL
+        ) USING (spec)"""
 
 
 def _best_per_layer(layer: str, metric: str, direction: str) -> str:

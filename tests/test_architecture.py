@@ -39,9 +39,9 @@ IMPORTERS = {
     "ray": {"orchestrator.ray_pool", "orchestrator.ray_worker", "orchestrator.ray_cluster"},
     "optuna": {"orchestrator.sampler", "orchestrator.study", "orchestrator.window", "orchestrator.pack_tpe"},
     "mlflow": {"storage.mlflow_log"},
-    "pyarrow": {"storage.parquet", "storage.query", "storage.remote"},
+    "pyarrow": {"storage.parquet", "storage.query", "storage.pareto", "storage.remote"},
     "duckdb": {"storage.query"},
-    "moocore": {"storage.pareto"},
+    "moocore": {"storage.front"},
     "transformers": {
         "jobs.engine.replica",
         "jobs.engine.loading",

@@ -14,7 +14,7 @@ from jobs.errors import SpecError
 from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig, make_config
 from search_spaces.base import Grid, Objective
-from storage.pareto import hypervolume
+from storage.front import hypervolume
 from tests.sweeps import drive, make_space, trials_of
 
 OBJECTIVES = [Objective(metric="a", direction="maximize"), Objective(metric="b", direction="minimize")]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.pareto import front, pareto
+from storage.front import front
+from storage.pareto import pareto
 from tests.fakes import StoredTrial, write_sweep
 
 DIRECTIONS = st.lists(st.sampled_from(["minimize", "maximize"]), min_size=1, max_size=4)

@@ -24,7 +24,8 @@ from orchestrator.space_file import check_space
 from orchestrator.worker import Worker
 from search_spaces.base import Constraint, Grid, Objective, Space, Stage
 from storage.artifacts import write_artifact
-from storage.pareto import best_first, pareto
+from storage.front import best_first
+from storage.pareto import pareto
 from storage.query import open_sweep
 from tests import fake_job, fake_source
 from tests.fakes import MODEL, Stopped, load_nothing

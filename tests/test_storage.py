@@ -807,6 +807,10 @@ def asked(trial: int, **params: Any) -> Asked:
     return Asked(trial=trial, params=params, spec=spec, seen=trial, fixed=fixed, group=0)
 
 
+def open_of(folder: Path, ended: list[int]) -> tuple[list[Asked], set[str]]:
+    return read_open(folder, len(ended), lambda: ended)
+
+
 def test_the_ledger_gives_back_what_was_asked_and_what_was_dispatched(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     proposals = [asked(0, x=1, mode="👩‍🔬\n"), asked(1, x=2.5), asked(2, x=True)]
@@ -816,13 +820,13 @@ def test_the_ledger_gives_back_what_was_asked_and_what_was_dispatched(tmp_path: 
     ledger.dispatched("a2", "worker-1", ["s2", "s3"])
     assert read_asked(tmp_path) == proposals
     assert [trial.spec.id for trial in read_asked(tmp_path)] == [trial.spec.id for trial in proposals]
-    assert read_open(tmp_path, []) == (proposals, {"s1", "s2", "s3"})
-    assert read_open(tmp_path, [2]) == (proposals[:2], {"s1", "s2", "s3"})
-    assert read_open(tmp_path, [0, 1]) == (proposals[2:], {"s2", "s3"}), "no further back than asked for"
-    assert read_open(tmp_path, [0, 1, 2])[0] == []
+    assert open_of(tmp_path, []) == (proposals, {"s1", "s2", "s3"})
+    assert open_of(tmp_path, [2]) == (proposals[:2], {"s1", "s2", "s3"})
+    assert open_of(tmp_path, [0, 1]) == (proposals[2:], {"s2", "s3"}), "no further back than asked for"
+    assert open_of(tmp_path, [0, 1, 2])[0] == []
     ledger.taken_over()
     ledger.dispatched("a3", "worker-1", ["s3"])
-    assert read_open(tmp_path, [0]) == (proposals[1:], {"s3"})
+    assert open_of(tmp_path, [0]) == (proposals[1:], {"s3"})
 
 
 def test_what_trials_mean_anew_is_read_from_where_it_stands_last(tmp_path: Path) -> None:
@@ -835,7 +839,7 @@ def test_what_trials_mean_anew_is_read_from_where_it_stands_last(tmp_path: Path)
     assert read_comparable(tmp_path) == [asked(1, x=4), asked(3, x=5), asked(0, x=6)]
     for ended in ([], [2], [1, 2, 3], [0, 1], [0, 1, 2, 3]):
         left = [each for each in read_asked(tmp_path) if each.trial not in ended]
-        assert read_open(tmp_path, ended) == (left, set())
+        assert open_of(tmp_path, ended) == (left, set())
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 2**20])
