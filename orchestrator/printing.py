@@ -44,8 +44,10 @@ def print_doubts(found: Mapping[str, Any]) -> None:
         say("not on the front, but in a tenth of the draws or more:")
         print_pareto(found["near"])
     for name, gained in found["optimism"].items():
-        if gained is not None and gained > 0:
-            say(f"{name}: the front looks {gained:.3g} better on select, where it was chosen, than on report")
+        if gained is not None:
+            say(
+                f"{name}: chosen as the best, a trial looks about {gained:.2g} better than it is; read report"
+            )
 
 
 def _with_interval(value: Any, ends: Sequence[float] | None) -> str:

@@ -38,8 +38,8 @@ def doubted_front(sweep: StoredSweep, *, draws: int = DRAWS, seed: int = 0) -> d
         share of the draws in which no other trial dominates it, `intervals`, the ends of each objective's
         interval of 95 % (None where nothing says how sure it is), and `is_knee`; near: those of other trials
         that are on the front in at least a tenth of the draws, likeliest first; optimism: for each objective,
-        how much better the front looks on the split it was chosen on than on report, over what all trials
-        do, in the metric's unit; None without a split report.
+        how much better than it is the best trial looks because it was chosen, in the metric's unit: by the
+        best of each draw; None where nothing says how sure the objective is.
     """
     points = read_points(sweep)
     on_front = front_of(points)
@@ -63,7 +63,11 @@ def doubted_front(sweep: StoredSweep, *, draws: int = DRAWS, seed: int = 0) -> d
             for place, row in zip(chosen, described(sweep, points, np.array(chosen, dtype=int)), strict=True)
         ]
 
-    return {"pareto": rows(on_front.tolist()), "near": rows(near), "optimism": _optimism(points, on_front)}
+    return {
+        "pareto": rows(on_front.tolist()),
+        "near": rows(near),
+        "optimism": _optimism(points, places, drawn_RTO),
+    }
 
 
 def _best(points: Points, least: int) -> np.ndarray:
@@ -73,14 +77,17 @@ def _best(points: Points, least: int) -> np.ndarray:
     return best
 
 
-def _optimism(points: Points, on_front: np.ndarray) -> dict[str, float | None]:
-    found = {}
+def _optimism(points: Points, places: np.ndarray, drawn_RTO: np.ndarray) -> dict[str, float | None]:
+    """How much too good the best of a draw looks there, on average over the draws."""
+    found: dict[str, float | None] = {}
     for column, (name, direction) in enumerate(zip(points.names, points.directions, strict=True)):
         sign = 1.0 if direction == "maximize" else -1.0
-        ahead_T = sign * (points.values_TO[:, column] - points.report_TO[:, column])
-        known = ahead_T[np.isfinite(ahead_T)]
-        chosen = ahead_T[on_front][np.isfinite(ahead_T[on_front])]
-        found[name] = float(chosen.mean() - known.mean()) if len(chosen) else None
+        drawn_RT, values_T = sign * drawn_RTO[:, :, column], sign * points.values_TO[places, column]
+        if drawn_RT.size == 0 or (drawn_RT == values_T).all():
+            found[name] = None
+            continue
+        best_R = drawn_RT.argmax(axis=1)
+        found[name] = float((drawn_RT[np.arange(len(best_R)), best_R] - values_T[best_R]).mean())
     return found
 
 
