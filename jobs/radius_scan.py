@@ -12,7 +12,6 @@ import numpy as np
 
 from jobs import melbo
 from jobs.checks import at_least
-from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import stored_means, stored_sayings
 from jobs.scoring.goldilocks import Pick, bootstrap, curve, pick
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
@@ -152,11 +151,11 @@ def _at_best(
 def _items(
     split: str, number: int, radius: float, head: str, means: Mapping[str, float]
 ) -> Iterator[dict[str, Any]]:
-    for name in BEHAVIOURS:
+    for name, value in means.items():
         yield {
             "split": split,
             "item": number,
             "prompt": f"R = {radius:g}",
             "name": head + name,
-            "value": means[name],
+            "value": value,
         }

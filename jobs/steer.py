@@ -69,6 +69,8 @@ class Params(Steering):
 METRICS = {
     "log_odds": Metric("nats", "mean log-odds of the positive over the negative continuation"),
     "effect": Metric("nats", "shift of log_odds from unsteered, towards the side that is steered to"),
+    "effect_low": Metric("nats", "lower end of its 95 % bootstrap interval over choices, paired"),
+    "effect_high": Metric("nats", "upper end of its 95 % bootstrap interval over choices, paired"),
     "kl": Metric("nats", "mean KL(unsteered || steered) of the next token after each choice"),
     "nll": Metric("nats/token", "mean negative log-likelihood of the completions under the unsteered model"),
     "repetition": Metric("share", "mean share of repeated trigrams in the completions"),
@@ -76,6 +78,8 @@ METRICS = {
     "damage": Metric(
         "nats/token", "rises of nll, repetition and empty over unsteered, each at least 0, added"
     ),
+    "damage_low": Metric("nats/token", "lower end of its 95 % bootstrap interval over prompts, paired"),
+    "damage_high": Metric("nats/token", "upper end of its 95 % bootstrap interval over prompts, paired"),
 }
 PACK_BY = (
     "choices",
@@ -89,6 +93,7 @@ PACK_BY = (
 DATA = ("pairs", "choices", "prompts", *steering.DATA)
 LAYERS = ("layer", "layers")
 _COMPARED = ("log_odds", "nll", "repetition", "empty")
+_DRAWS = 2000
 
 
 def size(params: Params) -> Size:
@@ -135,7 +140,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Steer every row of the pack in shared batches and yield its reading.
 
     The outcome of a dose of 0 carries what others are compared with: `log_probabilities`
-    (choices, vocabulary), float32 or wider, and for each split the means named in `_COMPARED`.
+    (choices, vocabulary), float32 or wider, and for each split the scores named in `_COMPARED`, one a choice
+    or reply, as `SPLIT.SCORE`.
     """
     import torch
 
@@ -153,7 +159,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         elif params.is_unsteered or before is None:
             yield index, _unsteered_outcome(panel, reading, reference.numpy())
         else:
-            yield index, _steered_outcome(panel, reading, params, changes[index], before)
+            yield index, _steered_outcome(panel, reading, rows[index], changes[index], before)
 
 
 def _panel(replica: "Replica", params: Params) -> "Panel":
@@ -168,38 +174,79 @@ def _panel(replica: "Replica", params: Params) -> "Panel":
 
 
 def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "np.ndarray") -> Outcome:
-    import numpy as np
+    from jobs.reading.readout import read_tables, split_means, split_scores
 
-    from jobs.reading.readout import read_tables, split_means
-
-    metrics = split_means(panel, reading)
-    means = {split: np.array([found[name] for name in _COMPARED]) for split, found in metrics.items()}
-    for found in metrics.values():
-        found |= {"effect": 0.0, "damage": 0.0}
+    scores = split_scores(panel, reading)
+    nothing = {f"{name}{end}": 0.0 for name in ("effect", "damage") for end in ("", "_low", "_high")}
     return Outcome(
-        metrics=metrics,
+        metrics={split: {**means, **nothing} for split, means in split_means(scores).items()},
         tables=read_tables(panel, reading),
-        tensors={"log_probabilities": log_probabilities, **means},
+        tensors={
+            "log_probabilities": log_probabilities,
+            **{f"{split}.{name}": scores[split][name] for split in scores for name in _COMPARED},
+        },
     )
 
 
 def _steered_outcome(
     panel: "Panel",
     reading: "Reading",
-    params: Params,
+    row: Row,
     changes: "Sequence[AnyIntervention]",
     before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
-    from jobs.reading.readout import read_tables, split_means
+    from jobs.reading.readout import read_tables, split_means, split_scores
 
-    metrics = split_means(panel, reading)
+    scores = split_scores(panel, reading)
+    metrics = split_means(scores)
     for split, found in metrics.items():
-        rise = {name: found[name] - float(was) for name, was in zip(_COMPARED, before[split], strict=True)}
-        found["effect"] = params.sign * rise["log_odds"]
-        found["damage"] = sum(_rise(rise[name]) for name in ("nll", "repetition", "empty"))
+        was = {name: before[f"{split}.{name}"] for name in _COMPARED}
+        found |= _effect(
+            row.params.sign * scores[split]["log_odds"], row.params.sign * was["log_odds"], row.seed
+        )
+        found |= _damage(scores[split], was, row.seed)
     return Outcome(metrics=metrics, tables={**read_tables(panel, reading), "vectors": vector_rows(changes)})
 
 
-def _rise(difference: float) -> float:
-    """At least 0, and NaN where it is not defined, which `max` would hide."""
-    return 0.0 if difference <= 0 else difference
+def _effect(after: "np.ndarray", before: "np.ndarray", seed: int) -> dict[str, float]:
+    from jobs.scoring.statistics import paired_bootstrap
+
+    found = paired_bootstrap(after.tolist(), before.tolist(), seed=seed)
+    low, high = found.interval
+    return {"effect": found.mean, "effect_low": low, "effect_high": high}
+
+
+def _damage(
+    after: Mapping[str, "np.ndarray"], before: Mapping[str, "np.ndarray"], seed: int
+) -> dict[str, float]:
+    """Rises over unsteered, added; the interval is a bootstrap over the prompts, the same for both."""
+    import numpy as np
+
+    prompts = len(after["empty"])
+    each_R = np.full(prompts, 1 / prompts)
+    times_BR = np.random.default_rng(seed).multinomial(prompts, each_R, size=_DRAWS).astype(float)
+    once_1R = np.ones((1, prompts))
+
+    def risen(times: "np.ndarray") -> "np.ndarray":
+        rises = [_means(after[name], times) - _means(before[name], times) for name in _COMPARED[1:]]
+        # Not defined stays so, which `max` would hide.
+        total: np.ndarray = np.sum([np.where(rise <= 0, 0.0, rise) for rise in rises], axis=0)
+        return total
+
+    drawn = risen(times_BR)
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if prompts > 1 and len(drawn) else (np.nan, np.nan)
+    return {"damage": float(risen(once_1R)[0]), "damage_low": float(low), "damage_high": float(high)}
+
+
+def _means(values_R: "np.ndarray", times_BR: "np.ndarray") -> "np.ndarray":
+    """Mean of the values that are defined, each as often as a draw has it; NaN of none."""
+    import numpy as np
+
+    known_R = np.isfinite(values_R)
+    counts_B = times_BR @ known_R.astype(float)
+    totals_B = times_BR @ np.where(known_R, values_R, 0.0)
+    found_B: np.ndarray = np.divide(
+        totals_B, counts_B, out=np.full(len(counts_B), np.nan), where=counts_B > 0
+    )
+    return found_B

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs import steer
 from jobs.directions.vector_files import read_vectors
 from storage.query import open_sweep
 from tests.command import refused, results, run_arguments, steersweep, steersweep_beside_other_code
@@ -42,7 +43,7 @@ def test_every_trial_has_every_metric_on_both_splits(finished: dict[str, Any], p
         "SELECT trial, split, count(value) AS n FROM metrics WHERE trial IS NOT NULL GROUP BY ALL"
     )
     assert len(counted) == 18
-    assert {row["n"] for row in counted} == {7}
+    assert {row["n"] for row in counted} == {len(steer.METRICS)}
 
 
 def test_a_dose_of_zero_is_computed_once(finished: dict[str, Any], place: Path) -> None:

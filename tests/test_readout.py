@@ -16,7 +16,7 @@ from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
-from jobs.reading.readout import Completion, Panel, Reading, read_tables, split_means
+from jobs.reading.readout import Completion, Panel, Reading, read_tables, split_means, split_scores
 from jobs.spec import Outcome, Status
 from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 
@@ -176,7 +176,8 @@ class TestSplitMeans:
         return Reading(np.array([1.0, 2.0, 10.0]), np.array([0.1, 0.3, 0.5]), replies, flaw=None)
 
     def test_each_split_averages_its_own_choices_and_replies(self) -> None:
-        means = split_means(panel(tiny_replica(ARCHITECTURE)), self.reading([1.0, 5.0, 2.0], [[1], [2], [3]]))
+        reading = self.reading([1.0, 5.0, 2.0], [[1], [2], [3]])
+        means = split_means(split_scores(panel(tiny_replica(ARCHITECTURE)), reading))
         assert means["select"] == pytest.approx(
             {"log_odds": 1.5, "kl": 0.2, "nll": 1.5, "repetition": 0.25, "empty": 0.0}
         )
@@ -186,7 +187,8 @@ class TestSplitMeans:
 
     def test_empty_replies_do_not_count_towards_the_nll(self) -> None:
         prepared = panel(tiny_replica(ARCHITECTURE))
-        means = split_means(prepared, self.reading([float("nan"), float("nan"), 2.0], [[], [], [3]]))
+        reading = self.reading([float("nan"), float("nan"), 2.0], [[], [], [3]])
+        means = split_means(split_scores(prepared, reading))
         assert means["select"]["nll"] == 2
         assert np.isnan(means["report"]["nll"])
         assert means["report"]["repetition"] == 0.25
@@ -262,7 +264,7 @@ class TestSteerJob:
         for row, outcome in zip(rows, self.run(artifacts, *rows), strict=True):
             [alone] = self.run(artifacts, row)
             for split, metrics in alone.metrics.items():
-                assert outcome.metrics[split] == pytest.approx(metrics, abs=1e-5)
+                assert outcome.metrics[split] == pytest.approx(metrics, abs=1e-5, nan_ok=True)
             texts = [[row["text"] for row in each.tables["completions"]] for each in (outcome, alone)]
             assert texts[0] == texts[1]
 
@@ -271,7 +273,9 @@ class TestSteerJob:
     ) -> None:
         [outcome] = self.run(artifacts, params(layer=0, dose=0.0))
         for metrics in outcome.metrics.values():
-            assert (metrics["effect"], metrics["damage"]) == (0, 0)
+            assert {
+                metrics[f"{name}{end}"] for name in ("effect", "damage") for end in ("", "_low", "_high")
+            } == {0}
             assert metrics["kl"] == pytest.approx(0, abs=1e-6)
 
     def test_a_tiny_dose_is_close_to_no_dose_in_every_metric(
@@ -279,7 +283,8 @@ class TestSteerJob:
     ) -> None:
         none, tiny = self.run(artifacts, params(layer=1, dose=0.0), params(layer=1, dose=1e-9))
         for split in ("select", "report"):
-            assert tiny.metrics[split] == pytest.approx(none.metrics[split], abs=1e-5)
+            known = {name: value for name, value in tiny.metrics[split].items() if np.isfinite(value)}
+            assert known == pytest.approx({name: none.metrics[split][name] for name in known}, abs=1e-5)
 
     @pytest.mark.parametrize("dose", [0.4, -0.4])
     def test_effect_and_damage_are_changes_from_no_dose(
@@ -292,6 +297,45 @@ class TestSteerJob:
             assert after["effect"] == pytest.approx(np.sign(dose) * shift)
             rises = [max(0.0, after[name] - before[name]) for name in ("nll", "repetition", "empty")]
             assert after["damage"] == pytest.approx(sum(rises))
+
+    def test_the_interval_of_the_effect_is_that_of_a_plain_bootstrap_over_choices(self) -> None:
+        random = np.random.default_rng(0)
+        before, after = random.normal(size=(2, 40)) + np.array([[0.0], [1.0]])
+        found = steer._effect(after, before, seed=3)
+        drawn = [(after - before)[random.integers(40, size=40)].mean() for _ in range(4000)]
+        assert found["effect"] == pytest.approx((after - before).mean())
+        ends = np.quantile(drawn, [0.025, 0.975])
+        assert [found["effect_low"], found["effect_high"]] == pytest.approx(ends, abs=0.06)
+
+    def test_the_interval_of_the_damage_is_that_of_a_plain_bootstrap_over_prompts(self) -> None:
+        random = np.random.default_rng(0)
+        before, after = (
+            {
+                "nll": random.uniform(0.5, 1.0, 12) + shift,
+                "repetition": random.uniform(0, 0.2, 12) + shift,
+                "empty": np.array([0.0] * 11 + [shift]),
+            }
+            for shift in (0.0, 0.3)
+        )
+        after["nll"][11] = np.nan  # an empty reply has none
+        found = steer._damage(after, before, seed=3)
+
+        def damage(chosen: np.ndarray) -> float:
+            rises = [np.nanmean(after[name][chosen]) - np.nanmean(before[name][chosen]) for name in before]
+            return float(sum(max(0.0, rise) for rise in rises))
+
+        drawn = [damage(random.integers(12, size=12)) for _ in range(4000)]
+        assert found["damage"] == pytest.approx(damage(np.arange(12)))
+        ends = np.quantile(drawn, [0.025, 0.975])
+        assert [found["damage_low"], found["damage_high"]] == pytest.approx(ends, abs=0.02)
+
+    def test_of_a_single_item_nobody_knows_how_sure_it_is(self) -> None:
+        one = {name: np.array([1.0]) for name in ("nll", "repetition", "empty")}
+        found = {**steer._effect(np.ones(1), np.zeros(1), seed=0), **steer._damage(one, one, seed=0)}
+        assert (found["effect"], found["damage"]) == (1.0, 0.0)
+        assert all(
+            np.isnan(found[f"{name}_{end}"]) for name in ("effect", "damage") for end in ("low", "high")
+        )
 
     def test_a_row_whose_logits_are_nan_fails_with_a_reason_and_its_mates_do_not(
         self, params: Callable[..., steer.Params]

@@ -426,7 +426,10 @@ class TestCodeVersion:
             ("engine/loading.py", set(JOBS)),
             ("directions/contrast.py", DIRECTED),
             ("unsupervised/sphere.py", LEARNED),
-            ("scoring/statistics.py", {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge"}),
+            (
+                "scoring/statistics.py",
+                {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge", "jobs.steer"},
+            ),
         ],
     )
     def test_code_changes_it_for_every_job_that_reaches_the_code_and_no_other(

@@ -12,11 +12,12 @@ import numpy as np
 
 from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt
+from jobs.reading import halves
 from jobs.scoring import diversity
 from jobs.scoring.similarity import embed
 from jobs.spec import Metric
 
-METRICS = {
+_MEANS = {
     "diversity": Metric("1 - cosine", "mean pairwise distance of the fluent completions' embeddings"),
     "diversity_all": Metric("1 - cosine", "the same over all completions, fluent or not"),
     "vendi": Metric("texts", "effective number of different fluent completions by their embeddings"),
@@ -30,6 +31,7 @@ METRICS = {
     "repetition": Metric("share", "mean share of repeated trigrams in the completions"),
     "ended": Metric("share", "completions that end by themselves"),
 }
+METRICS = {**_MEANS, **halves.METRICS}
 
 OVER_RANDOM = {
     "diversity_over_random": Metric("1 - cosine", "diversity less that of random vectors of the same norm"),
@@ -57,8 +59,8 @@ class Behaviours(NamedTuple):
 
 
 def stored_means(artifact: Mapping[str, np.ndarray], split: str) -> dict[str, float]:
-    """The metrics of a set on a split, from its tensor `means_SPLIT`, float64."""
-    return dict(zip(METRICS, map(float, artifact[f"means_{split}"]), strict=True))
+    """The metrics of a set on a split, intervals left out, from its tensor `means_SPLIT`, float64."""
+    return dict(zip(_MEANS, map(float, artifact[f"means_{split}"]), strict=True))
 
 
 def stored_sayings(artifact: Mapping[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -135,9 +137,12 @@ class Reading:
             ]
             fluent_PV = np.array([[self.is_fluent(said) for said in said_V] for said_V in chosen])
             means = [_of_prompt(*each, embeddings) for each in zip(chosen, fluent_PV, strict=True)]
-            found.metrics[split] = {name: _mean([each[name] for each in means]) for name in METRICS}
-            found.tensors[f"means_{split}"] = np.array([*found.metrics[split].values()])
-            found.tensors[f"embeddings_{split}"] = _embedded(chosen, embeddings)
+            named = {name: _mean([each[name] for each in means]) for name in _MEANS}
+            embedded_PVD = _embedded(chosen, embeddings)
+            nll_PV = np.array([[said.nll for said in said_V] for said_V in chosen])
+            found.metrics[split] = {**named, **halves.intervals(embedded_PVD, fluent_PV, nll_PV)}
+            found.tensors[f"means_{split}"] = np.array([*named.values()])
+            found.tensors[f"embeddings_{split}"] = embedded_PVD
             found.tensors[f"fluent_{split}"] = fluent_PV.astype(np.float32)
         return found
 

@@ -3,7 +3,7 @@
 The unsteered baseline and the steered job read the same panel of prompts with the same code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,21 +128,33 @@ class Panel:
         ]
 
 
-def split_means(panel: Panel, reading: Reading) -> dict[str, dict[str, float]]:
-    """Split -> mean of each score over that split's choices or replies; empty replies have no nll."""
-    means = {}
+def split_scores(panel: Panel, reading: Reading) -> dict[str, dict[str, np.ndarray]]:
+    """Split -> score -> its values, float64, one a choice or a reply; the nll of an empty one is NaN."""
+    scores = {}
     for split in ("select", "report"):
         chosen = [index for index, choice in enumerate(panel.choices) if choice.split == split]
         replies = [reply for reply in reading.completions if reply.prompt.split == split]
-        spoken = [reply.nll for reply in replies if reply.tokens]
-        means[split] = {
-            "log_odds": float(reading.log_odds_N[chosen].mean()),
-            "kl": float(reading.kl_N[chosen].mean()),
-            "nll": float(np.mean(spoken)) if spoken else float("nan"),
-            "repetition": float(np.mean([reply.repetition for reply in replies])),
-            "empty": float(np.mean([not reply.tokens for reply in replies])),
+        scores[split] = {
+            "log_odds": reading.log_odds_N[chosen],
+            "kl": reading.kl_N[chosen],
+            "nll": np.array([reply.nll if reply.tokens else np.nan for reply in replies]),
+            "repetition": np.array([reply.repetition for reply in replies]),
+            "empty": np.array([float(not reply.tokens) for reply in replies]),
         }
-    return means
+    return scores
+
+
+def split_means(scores: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """Split -> mean of each score of `split_scores`; NaN of none."""
+    return {
+        split: {name: _mean(values) for name, values in of_split.items()}
+        for split, of_split in scores.items()
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def read_tables(panel: Panel, reading: Reading) -> dict[str, list[dict[str, Any]]]:
