@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from jobs.spec import UNSTEERED
 from orchestrator.canvas import Measure
-from storage.pareto import pareto, scored_trials
+from storage.pareto import scored_trials
 from storage.query import StoredSweep
+from storage.uncertainty import doubted_front
 
 Record = dict[str, Any]
 MOST_GROUPS, LONGEST_GROUP = 8, 30
@@ -20,7 +21,10 @@ class Findings(NamedTuple):
         identity: What `sweep.json` says.
         trials: Rows of the table `trials`, by number.
         scored: Completed trials with their metrics, by number; a shared result stands at each of its trials.
-        front: Those of the Pareto front, one for each result, best first objective first.
+        front: Those of the Pareto front, one for each result, best first objective first, each with the
+            `probability` that it is on the front and whether it `is_knee`.
+        near: Others that are on the front in a tenth of the draws or more, likeliest first; the same keys.
+        optimism: Objective -> how much better than it is the best looks for having been chosen, or None.
         measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
         control: What the trials' texts are compared with, in a word or two.
         unsteered: Split -> metric -> value of the unsteered model, where that is the control.
@@ -31,6 +35,8 @@ class Findings(NamedTuple):
     trials: dict[int, Record]
     scored: dict[int, Record]
     front: list[Record]
+    near: list[Record]
+    optimism: Mapping[str, float | None]
     measures: dict[str, Measure]
     control: str
     unsteered: dict[str, dict[str, float]]
@@ -46,13 +52,30 @@ def read_findings(sweep: StoredSweep) -> Findings:
         if found := results.get(row["reused_from"] if row["reused_from"] is not None else number):
             own = {name: row[name] for name in found["params"]}
             scored[number] = {**found, "trial": number, "params": own}
+    doubted = doubted_front(sweep)
     # A running sweep may have gone on since the trials were read.
-    front = [scored[row["trial"]] for row in pareto(sweep) if row["trial"] in scored]
+    front, near = (
+        [
+            {**scored[row["trial"]], "probability": row["probability"], "is_knee": row["is_knee"]}
+            for row in doubted[place]
+            if row["trial"] in scored
+        ]
+        for place in ("pareto", "near")
+    )
     control = control_of(sweep.identity)
     unsteered = _unsteered(sweep) if control == UNSTEERED else {}
     split = next((row["split"] for row in scored.values()), "select")
     return Findings(
-        sweep.identity, trials, scored, front, _measures(sweep.identity), control, unsteered, split
+        identity=sweep.identity,
+        trials=trials,
+        scored=scored,
+        front=front,
+        near=near,
+        optimism=doubted["optimism"],
+        measures=_measures(sweep.identity),
+        control=control,
+        unsteered=unsteered,
+        split=split,
     )
 
 
