@@ -83,7 +83,8 @@ def radius_unit(params: Any, context: Context) -> float:
         if not math.isfinite(found):
             raise SpecError(
                 f"radius_in={params.radius_in!r}: no norm from 0.001 to 100 residual norms makes random "
-                "vectors depart far enough from a linear effect; give the radius in residual_norm or stream"
+                "vectors depart far enough from a linear effect, as this dtype shows it; give the radius in "
+                "residual_norm or stream, or use a wider dtype"
             )
         return found
     return 1.0

@@ -56,9 +56,12 @@ class Params:
 def _check_template(template: str) -> None:
     """Raises ValueError if it is no template with the fields of ours, the reply among them."""
     try:
-        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"template={template!r}: {error}; write a brace as {{{{ or }}}}") from error
+    if any(form or conversion for _, _, form, conversion in parts):
+        raise ValueError(f"template={template!r}; its fields stand alone in their braces, such as {{reply}}")
+    fields = {name for _, name, _, _ in parts if name is not None}
     known = {"prompt", "reply", "question", "first", "second"}
     if "reply" not in fields or not fields <= known:
         raise ValueError(

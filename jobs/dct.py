@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from jobs import melbo
 from jobs.asking import encode_prompt
 from jobs.calibrate import radius_unit, unit_of
@@ -154,11 +156,15 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     ground = Ground(replica, encoded[: params.learn_from], site=params.target_site, **place)
     radius = params.radius * radius_unit(params, context)
     factors = _factors(ground, params, radius, row.seed)
-    if not bool(factors.inputs_VD.isfinite().all()):
+    if not bool(factors.inputs_VD.isfinite().all() and factors.strengths_V.isfinite().all()):
         return Outcome(status=Status.FAILED, reason=_NOT_FINITE)
+    if not bool(factors.inputs_VD.any(dim=1).all()):
+        return Outcome(status=Status.FAILED, reason=melbo.NOTHING)
     scores_V = _scores(replica, encoded[: params.learn_from], params, radius, factors)
     order = scores_V.argsort(descending=True)
     vectors_VD = (radius * factors.inputs_VD[order[: params.read]]).float().cpu().numpy()
+    if not np.isfinite(vectors_VD).all():
+        return Outcome(status=Status.FAILED, reason=_NOT_FINITE)
     tables = row_tables(replica, [[Add(layer=params.source, vector=vector_D)] for vector_D in vectors_VD])
     [(_, found)] = sayings(
         replica, [encoded], tables, vectors=params.read, max_new_tokens=params.max_new_tokens

@@ -12,7 +12,8 @@ import numpy as np
 from jobs.asking import check_asking, encode_prompt
 from jobs.checks import above_zero, at_least
 from jobs.data.examples import Example, load_examples
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size
+from jobs.errors import ModelError
+from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -24,7 +25,8 @@ class Params:
 
     Attributes:
         examples: Dataset of prompts and replies; those of the split extract are trained on.
-        rank: Of the change of each matrix in the blocks (LoRA).
+        rank: Of the change of each matrix in the blocks (LoRA). Experts of a mixture that are kept together
+            in one tensor are no matrices of their own, and stay as they are.
         learning_rate: Of AdamW, an element and step, falling to 0.
         epochs: Times that every example is read.
         batch: Examples of a step.
@@ -86,8 +88,11 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     whose product is added to it; `losses` (steps,), nats a token. Tables: `completions`, and `items` with
     the score `shown` and the behaviour as label.
 
+    A row fails if training or the tuned model's logits are not finite.
+
     Raises:
-        ModelError: If there is no chat template.
+        SpecError: If an example is longer than the context.
+        ModelError: If there is no chat template, no token that ends a text, or nothing that could be tuned.
     """
     for index, row in enumerate(rows):
         yield index, _run(replica, row)
@@ -106,6 +111,10 @@ def _run(replica: "Replica", row: Row) -> Outcome:
         )
         for each in examples
     ]
+    for each in encoded:
+        replica.check_length(
+            max(len(each.prompt) + len(each.reply), len(each.prompt) + params.max_new_tokens)
+        )
     trained = [tokens for each, tokens in zip(examples, encoded, strict=True) if each.split == "extract"]
     found = supervised.fine_tune(
         replica,
@@ -117,28 +126,41 @@ def _run(replica: "Replica", row: Row) -> Outcome:
         seed=row.seed,
     )
     changes = {name: change.numpy() for name, change in found.changes.items()}
+    if not np.isfinite(found.losses).all() or not all(np.isfinite(each).all() for each in changes.values()):
+        return Outcome(status=Status.FAILED, reason=_NOT_FINITE)
     tried = [number for number, each in enumerate(examples) if each.split != "extract"]
     with tuned(replica, changes):
         replies = _replies(replica, [encoded[number].prompt for number in tried], params)
+    if isinstance(replies, str):
+        return Outcome(status=Status.FAILED, reason=replies)
     last = found.losses[-(len(found.losses) // params.epochs) :]
     return _outcome(
         [examples[number] for number in tried], replies, float(np.mean(last)), found.losses, changes
     )
 
 
+_NOT_FINITE = "the training is not finite any more; use a smaller learning_rate, or a wider dtype"
+
+
 def _end(replica: "Replica") -> int:
-    """The token that ends a reply."""
-    return int(replica.tokenizer.eos_token_id)
+    """The token that ends a reply. Raises ModelError if the tokenizer has none."""
+    end = replica.tokenizer.eos_token_id
+    if end is None:
+        raise ModelError("the tokenizer has no token that ends a text, which replies are tuned to end with")
+    return int(end)
 
 
-def _replies(replica: "Replica", prompts: Sequence[list[int]], params: Params) -> list[tuple[str, int]]:
-    """Greedy replies with their numbers of tokens."""
+def _replies(replica: "Replica", prompts: Sequence[list[int]], params: Params) -> list[tuple[str, int]] | str:
+    """Greedy replies with their numbers of tokens, or why they cannot be trusted."""
     from jobs.engine.decoding import Decoding, Work, generate
     from jobs.engine.tables import row_tables
+    from jobs.reading.completions import flaw_of
 
     work = [Work(number, 0) for number in range(len(prompts))]
     decoding = Decoding(max_new_tokens=params.max_new_tokens)
     found = dict(generate(replica, prompts, row_tables(replica, [[]]), work, decoding)) if work else {}
+    if flaw := next(filter(None, map(flaw_of, found.values())), None):
+        return flaw
     return [
         (replica.decode(found[number].tokens), len(found[number].tokens)) for number in range(len(prompts))
     ]

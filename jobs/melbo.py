@@ -193,10 +193,16 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     prompts = [row.params.read_prompts(read_on=params.read_on) for row in rows]
     encoded = [[encode_prompt(replica, each.prompt, params) for each in of_row] for of_row in prompts]
     units = [radius_unit(row.params, context) for row in rows]
+    for of_row in encoded:
+        for ids in of_row:
+            replica.check_text(ids, new_tokens=params.max_new_tokens)
     sets = learn_sets(replica, [of_row[: params.learn_from] for of_row in encoded], rows, units)
     whole = [index for index, found in enumerate(sets) if found.is_whole]
     for index in set(range(len(rows))) - set(whole):
         yield index, Outcome(status=Status.FAILED, reason=_NOT_FINITE)
+    for index in [index for index in whole if sets[index].is_nothing]:
+        whole.remove(index)
+        yield index, Outcome(status=Status.FAILED, reason=NOTHING)
     if not whole:
         return
     changes = [
@@ -222,7 +228,14 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
             yield index, replace(done, metrics=_compared(done.metrics, params, context))
 
 
-_NOT_FINITE = "the objective is not finite where a vector starts; use a smaller radius, or a wider dtype"
+_NOT_FINITE = (
+    "the objective is not finite where a vector starts: too large a radius overflows, and too small a one "
+    "vanishes in the dtype; use another radius, or a wider dtype"
+)
+NOTHING = (
+    "vectors of this radius are too short for the dtype to change anything at the target; use a larger "
+    "radius, or a wider dtype"
+)
 
 
 def _outcome(

@@ -135,11 +135,17 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
 def _around(replica: "Replica", prompt: str, learned: melbo.Params) -> tuple[list[int], list[int]]:
     """Token ids of the asked prompt before and behind the place where a text can be put into it."""
     whole = encode_prompt(replica, prompt, learned)
-    longer = encode_prompt(replica, f"{prompt} a", learned)
-    behind = next(
-        (n for n in range(len(whole)) if whole[len(whole) - 1 - n] != longer[len(longer) - 1 - n]), len(whole)
+    # One of two words that share no token is no word that the prompt itself ends with.
+    behind = min(
+        _equal_end(whole, encode_prompt(replica, f"{prompt} {word}", learned)) for word in ("a", "1")
     )
     return whole[: len(whole) - behind], whole[len(whole) - behind :]
+
+
+def _equal_end(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their ends."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _replies(

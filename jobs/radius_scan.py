@@ -4,6 +4,7 @@ Small norms change nothing and large ones leave only loops: in between lies a Go
 cusp, where the diversity of all completions is highest, they repeat themselves more and more.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,9 @@ class Params:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        if len(self.radii) < 3 or list(self.radii) != sorted(set(self.radii)) or self.radii[0] <= 0:
-            raise ValueError(f"radii={self.radii}; it takes three or more above 0, rising")
+        are_radii = all(0 < radius < math.inf for radius in self.radii)
+        if len(self.radii) < 3 or not are_radii or list(self.radii) != sorted(set(self.radii)):
+            raise ValueError(f"radii={self.radii}; it takes three or more finite ones above 0, rising")
         at_least(self, 100, "resamples")
         melbo.parse(self.learned)
 
@@ -127,8 +129,10 @@ def _named(radii: np.ndarray, chosen: Pick, drawn: Sequence[Pick]) -> dict[str, 
         ("best_radius", chosen.best, [each.best for each in drawn]),
         ("cusp", chosen.cusp, [each.cusp for each in drawn]),
     ):
-        low, high = np.quantile(radii[places], [0.025, 0.975], method="nearest")
-        found |= {name: float(radii[place]), f"{name}_low": float(low), f"{name}_high": float(high)}
+        known = radii[[each for each in places if each is not None]]
+        ends = np.quantile(known, [0.025, 0.975], method="nearest") if place is not None else (np.nan, np.nan)
+        value = np.nan if place is None else float(radii[place])
+        found |= {name: value, f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
     return found
 
 
@@ -136,8 +140,10 @@ def _at_best(
     sets: Sequence[Mapping[str, np.ndarray]],
     random: Sequence[Mapping[str, np.ndarray]],
     split: str,
-    best: int,
+    best: int | None,
 ) -> dict[str, float]:
+    if best is None:
+        return dict.fromkeys(("diversity", "diversity_random", "regret", "nll"), np.nan)
     every = [stored_means(each, split) for each in sets]
     diversity = np.array([each["diversity"] for each in every])
     return {

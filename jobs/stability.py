@@ -106,9 +106,16 @@ def matched_cosines(first_VD: np.ndarray, second_VD: np.ndarray) -> np.ndarray:
 
 
 def shared_span(first_VD: np.ndarray, second_VD: np.ndarray) -> float:
-    """Mean share of squared norm that each vector of the first set has in the span of the second."""
-    basis_DK, _ = np.linalg.qr(second_VD.T)
-    return float(np.square(_units(first_VD) @ basis_DK).sum(axis=1).mean())
+    """Mean share of squared norm that each vector of the first set has in the span of the second.
+
+    Directions in which the second set differs by no more than rounding do not count.
+    """
+    _, sizes_K, basis_KD = np.linalg.svd(_units(second_VD), full_matrices=False)
+    basis_KD = basis_KD[sizes_K > _ROUNDING * sizes_K[0]]
+    return float(np.square(_units(first_VD) @ basis_KD.T).sum(axis=1).mean())
+
+
+_ROUNDING = 1e-4
 
 
 def _units(vectors_VD: np.ndarray) -> np.ndarray:

@@ -217,6 +217,9 @@ class TestRefusals:
             ({"template": "{prompt} {question}"}, "template has the fields ['prompt', 'question']"),
             ({"template": "{reply} {text}"}, "template has the fields ['reply', 'text']"),
             ({"template": "{reply} {"}, "write a brace as {{ or }}"),
+            ({"template": "{reply:d}"}, "stand alone in their braces"),
+            ({"template": "{reply!z}"}, "stand alone in their braces"),
+            ({"template": "{reply:{prompt}}"}, "stand alone in their braces"),
         ],
     )
     def test_what_cannot_be_asked_is_refused(self, change: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning, and weights that a tuning job has changed, on tiny models."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jobs.engine.replica import Replica
 from jobs.engine.tuned import tuned
 from jobs.errors import ModelError, SpecError
 from jobs.resolve import make_params, make_spec, parse_use, prerequisites
-from jobs.spec import ModelRef, Outcome, Requirement, Row
+from jobs.spec import ModelRef, Outcome, Requirement, Row, Status
 from jobs.tuning.supervised import Example, fine_tune, reply_loss
 from tests.models import Artifacts, tiny_replica
 
@@ -128,6 +129,46 @@ def test_the_job_says_whether_the_behaviours_took(tmp_path: Path) -> None:
     assert ("bad", "odd", 1.0) in labels
     barely = outcome(write(tmp_path / "examples.jsonl", ROWS), epochs=1, learning_rate=1e-6)
     assert barely.metrics["select"]["shown"] == barely.metrics["select"]["shown_least"] == 0
+
+
+def test_training_that_overflows_fails_with_a_reason(tmp_path: Path) -> None:
+    found = outcome(write(tmp_path / "examples.jsonl", ROWS), learning_rate=1e30, epochs=3)
+    assert found.status == Status.FAILED
+    assert "smaller learning_rate" in str(found.reason)
+    assert not found.tensors
+
+
+def test_examples_that_are_too_long_are_refused_before_training(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "reply": "alpha " * 600}]
+    with pytest.raises(SpecError, match="longer than the model's context"):
+        outcome(write(tmp_path / "examples.jsonl", rows), epochs=1)
+
+
+def test_blocks_without_a_matrix_in_floating_point_are_refused_before_training() -> None:
+    replica = tiny_replica("llama")
+    for block in replica.blocks:
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="no matrix in floating point"):
+        trained(replica)
+
+
+def test_of_a_mixture_what_is_tuned_can_be_applied_again() -> None:
+    replica = tiny_replica("mixtral")
+    found = trained(replica, epochs=2)
+    assert found.changes
+    with tuned(replica, arrays(found)):
+        pass
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    replica = tiny_replica("llama")
+    replica.tokenizer = copy.deepcopy(replica.tokenizer)
+    replica.tokenizer.eos_token = None
+    params = make_params("jobs.finetune", {"examples": write(tmp_path / "examples.jsonl", ROWS)})
+    with pytest.raises(ModelError, match="no token that ends a text"):
+        list(finetune.run(replica, [Row(params, seed=0)], Artifacts(replica)))
 
 
 def test_examples_are_read_with_their_defaults(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from jobs.engine.slices import Slice
 from jobs.errors import SpecError
 from jobs.unsupervised.amsgrad import amsgrad
 from jobs.unsupervised.fixed_point import fixed_point, sketched_power
+from jobs.unsupervised.jacobian import directional
 from jobs.unsupervised.landscape import Climb, Goal, Landscape
 from jobs.unsupervised.objective import movement, shares
 from jobs.unsupervised.sphere import Surface, orthonormal
@@ -240,13 +241,21 @@ def test_vectors_stay_in_their_subspace() -> None:
 
 
 @pytest.mark.parametrize("optimiser", [fixed_point, amsgrad])
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_a_vector_that_breaks_keeps_its_last_finite_point_and_the_others_go_on(
-    optimiser: Any, orthogonal: bool
-) -> None:
-    surface = Surface(radius=1.0, orthogonal=orthogonal)
+def test_a_group_at_right_angles_ends_where_it_last_was_finite_as_a_whole(optimiser: Any) -> None:
+    surface = Surface(radius=2.0, orthogonal=True)
+    ground, _, _ = bowl(broken_after={1: 3})
+    found = optimiser(ground, drawn(surface, 3), [(range(3), surface)], steps=40)
+    assert found.finite_V.tolist() == [False, False, False]
+    np.testing.assert_allclose(found.theta_VD @ found.theta_VD.T, 4 * np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(found.values_V, found.history_SV[:3].max(dim=0).values)
+    assert max(ground.looks.values()) <= 4
+
+
+@pytest.mark.parametrize("optimiser", [fixed_point, amsgrad])
+def test_a_vector_that_breaks_keeps_its_last_finite_point_and_the_others_go_on(optimiser: Any) -> None:
+    surface = Surface(radius=1.0)
     start_VD = drawn(surface, 3)
-    groups = [(range(3), surface)] if orthogonal else [([v], surface) for v in range(3)]
+    groups = [([v], surface) for v in range(3)]
     ground, _, _ = bowl(broken_after={0: 0, 1: 2})
     found = optimiser(ground, start_VD, groups, steps=40)
     assert found.finite_V.tolist() == [False, False, True]
@@ -255,6 +264,46 @@ def test_a_vector_that_breaks_keeps_its_last_finite_point_and_the_others_go_on(
     assert float(found.values_V[1]) == pytest.approx(float(found.history_SV[1, 1]))
     assert ground.looks[1] == 3
     assert found.values_V[2] > found.history_SV[0, 2]
+
+
+class NoForwardMode(torch.autograd.Function):
+    """x^3, of which torch knows the gradient alone."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(context: Any, *ways: Tensor) -> Tensor:
+        (x,) = context.saved_tensors
+        return 3 * x**2 * ways[0]
+
+
+def test_directional_derivatives_need_no_forward_mode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    at, ways = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    mix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    value, moved = directional(lambda x: NoForwardMode.apply(x @ mix).tanh(), at, ways)
+    expected, slopes = directional(lambda x: ((x @ mix) ** 3).tanh(), at, ways)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(moved, slopes)
+    assert not moved.requires_grad
+    assert not value.requires_grad
+
+
+@pytest.mark.parametrize("optimiser", [fixed_point, amsgrad])
+def test_a_gradient_of_zero_leads_nowhere(optimiser: Any) -> None:
+    for surface in (Surface(radius=1.0), Surface(radius=1.0, orthogonal=True)):
+        start_VD = drawn(surface, 2)
+        groups = [(range(2), surface)] if surface.orthogonal else [([v], surface) for v in range(2)]
+        found = optimiser(Bowl(torch.zeros(12, 12, dtype=torch.float64)), start_VD, groups, steps=5)
+        np.testing.assert_allclose(found.theta_VD.norm(dim=1), 1)
+
+
+def test_points_that_are_not_finite_have_no_nearest_one_at_right_angles() -> None:
+    vectors_VD = torch.tensor([[1.0, 0.0], [torch.inf, 1.0]])
+    assert Surface(radius=1.0, orthogonal=True).onto(vectors_VD).isnan().all()
 
 
 def test_a_step_that_would_go_down_is_taken_back() -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from jobs import anomaly, generate, melbo, stability
+from jobs import anomaly, generate, melbo, prompt_search, stability
 from jobs.engine.capture import capture_last
 from jobs.engine.interventions import Add
+from jobs.engine.replica import Replica
 from jobs.engine.slices import Slice
 from jobs.errors import SpecError
 from jobs.reading import behaviours
@@ -29,7 +30,7 @@ from jobs.unsupervised.calibration import calibrated_radius, residual_norm
 from jobs.unsupervised.causal_map import CausalMap
 from jobs.unsupervised.objective import counted_tokens
 from jobs.unsupervised.token_search import TokenSearch, search
-from tests.models import HIDDEN, LAYERS, Artifacts, tiny_replica
+from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
 
 PROMPTS = [
     {"split": "extract", "prompt": "Tell me a story."},
@@ -87,6 +88,29 @@ class TestCalibrate:
         metrics = found.metrics["extract"]
         assert metrics["residual_norm"] == pytest.approx(residual_norm(slice_, counted))
         assert metrics["calibrated"] == pytest.approx(calibrated_radius(slice_, counted), rel=1e-6)
+
+    def test_narrow_types_find_nearly_the_same_norm(self, prompts: str) -> None:
+        values = {"prompts": prompts, "source": 0, "target": 2}
+        params = make_params("jobs.calibrate", values)
+        found = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            replica = Replica(tiny_model("llama").to(dtype), tiny_tokenizer())
+            [(_, outcome)] = load_job("jobs.calibrate").run(
+                replica, [Row(params, seed=0)], Artifacts(replica)
+            )
+            found[dtype] = outcome.metrics["extract"]["calibrated"]
+        assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.2)
+        assert found[torch.float16] == pytest.approx(found[torch.float32], rel=0.1)
+
+    def test_vectors_that_are_lost_in_the_rounding_fail_with_a_reason(self, prompts: str) -> None:
+        replica = Replica(tiny_model("llama").bfloat16(), tiny_tokenizer())
+        for optimiser in ("fixed_point", "amsgrad"):
+            for orthogonality in ("none", "joint"):
+                values = {"optimiser": optimiser, "orthogonality": orthogonality, "compare": False}
+                params = make_params("jobs.melbo", {**melbo_of(prompts), **values, "radius": 1e-5})
+                [(_, found)] = load_job("jobs.melbo").run(replica, [Row(params, seed=0)], Artifacts(replica))
+                assert found.status == Status.FAILED
+                assert "larger radius" in str(found.reason)
 
     def test_radii_are_in_its_units(self, prompts: str) -> None:
         [unit] = run("jobs.calibrate", {"source": 0, "target": LAYERS - 2, "prompts": prompts})
@@ -262,6 +286,26 @@ class TestRadiusScan:
         assert drawn == bootstrap(curves, resamples=100, seed=1)
         assert sum(each.best == chosen.best for each in drawn) > 50
 
+    def test_where_nothing_can_be_compared_no_norm_is_the_best(self) -> None:
+        generator = np.random.default_rng(0)
+        nobody, everybody = np.zeros((2, 4)), np.ones((2, 4))
+        embeddings = [generator.normal(size=(2, 4, 3)) for _ in range(3)]
+        assert pick([curve(each, nobody) for each in embeddings]).best is None
+        assert pick([curve(each[:, :1], everybody[:, :1]) for each in embeddings]) == (None, None)
+        two = [curve(each[:, :2], everybody[:, :2]) for each in embeddings]
+        drawn = bootstrap(two, resamples=200, seed=0)
+        # Half of the draws of two vectors have one of them twice, which makes no pair.
+        assert 60 < sum(each.best is None for each in drawn) < 140
+        assert {each.best for each in drawn} == {None, pick(two).best}
+
+    def test_a_set_that_is_never_fluent_has_no_best_norm(self, prompts: str) -> None:
+        learned = f"jobs.melbo{json.dumps({**melbo_of(prompts), 'most_nll': 1e-6})}"
+        [found] = run("jobs.radius_scan", {"learned": learned, "radii": (0.5, 2.0, 8.0), "resamples": 100})
+        for split in ("select", "report"):
+            undefined = ("best_radius", "best_radius_low", "best_radius_high", "diversity", "regret", "nll")
+            assert all(np.isnan(found.metrics[split][name]) for name in undefined)
+            assert np.isfinite(found.metrics[split]["cusp"])
+
     def test_empty_completions_count_nowhere(self) -> None:
         embeddings = np.ones((1, 3, 2))
         embeddings[0, 1] = [1, -1]
@@ -275,6 +319,8 @@ class TestRadiusScan:
         [
             ({"radii": (1.0, 2.0)}, "three or more"),
             ({"radii": (1.0, 3.0, 2.0)}, "rising"),
+            ({"radii": (1.0, 3.0, math.inf)}, "finite"),
+            ({"radii": (1.0, 3.0, math.nan)}, "finite"),
             ({"learned": "jobs.dct"}, "is another job"),
             ({"learned": 'jobs.melbo{"radius": 0}'}, "radius=0"),
         ],
@@ -289,6 +335,14 @@ class TestStability:
         vectors = np.random.default_rng(0).normal(size=(5, 9))
         np.testing.assert_allclose(stability.matched_cosines(vectors, 3 * vectors[::-1]), 1)
         assert stability.shared_span(vectors, vectors[::-1] @ np.eye(9)) == pytest.approx(1)
+
+    def test_vectors_that_are_all_alike_span_one_direction(self) -> None:
+        generator = np.random.default_rng(0)
+        vectors, one = generator.normal(size=(16, 32)), generator.normal(size=32)
+        expected = np.mean((vectors @ one) ** 2 / (vectors**2).sum(axis=1) / (one @ one))
+        for noise in (0.0, 1e-8, 1e-6):
+            alike = one + noise * generator.normal(size=(16, 32))
+            assert stability.shared_span(vectors, alike) == pytest.approx(expected, rel=1e-3)
 
     def test_the_matching_is_the_best_of_all(self) -> None:
         from itertools import permutations
@@ -364,6 +418,13 @@ class TestTokenSearch:
         replica = tiny_replica("gpt2")
         prompt = replica.encode_chat("Tell me a story.")
         return TokenSearch(replica, prompt, 6, source=0, target=2, vector_D=vector), prompt
+
+    @pytest.mark.parametrize("prompt", ["Tell me.", "Give me a", "Grade: a a a", "Count to 1", "1 a", "a"])
+    def test_the_text_goes_behind_the_prompts_own_words(self, prompt: str) -> None:
+        replica = tiny_replica("llama")
+        before, after = prompt_search._around(replica, prompt, melbo.Params())
+        assert [*before, *after] == replica.encode_chat(prompt)
+        assert replica.decode(before).endswith(prompt)
 
     def test_slopes_are_finite_differences_of_the_embeddings(self) -> None:
         task, prompt = self.task(np.random.default_rng(0).normal(size=HIDDEN))

@@ -91,7 +91,7 @@ def within_memory(
                 del left[index]
                 yield index, found
         except RuntimeError as error:
-            if not _ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             if replica.token_budget == 1:
                 replica.token_budget, replica.memory = budgets
@@ -100,7 +100,8 @@ def within_memory(
             replica.memory //= 2
 
 
-def _ran_out(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     # The CPU's allocator has no error class of its own.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from jobs.engine.memory import is_out_of_memory
 from jobs.engine.replica import Replica, position_ids
 from jobs.engine.sites import Place, attach, picked
-from jobs.errors import ModelError, SpecError
+from jobs.errors import ModelError, SpecError, first_line
 
 TargetSite = Literal["after", "attention"]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -97,9 +98,18 @@ class Slice:
         self.positions_NT = replica.positions_ST
 
     def _check(self) -> None:
-        reverse = list(reversed(range(len(self.inputs_NTD))))
-        with torch.no_grad():
-            found, expected = self.run(self.inputs_NTD[reverse], reverse), self.targets_NTD[reverse]
+        # Twice as many rows as prompts: what blocks are given may be laid out by rows in other ways too.
+        reverse = 2 * list(reversed(range(len(self.inputs_NTD))))
+        try:
+            with torch.no_grad():
+                found, expected = self.run(self.inputs_NTD[reverse], reverse), self.targets_NTD[reverse]
+        except (RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"blocks {self.source + 1} to {self.target} of {type(self.replica.model).__name__} cannot "
+                f"run by themselves: {first_line(error)}"
+            ) from error
         real = (self.positions_NT[reverse] >= 0)[..., None].to(found.device)
         off = ((found - expected) * real).abs().max() / (expected * real).abs().max()
         if not off <= _TOLERANCE.get(found.dtype, 0.1):

@@ -24,15 +24,15 @@ class Curve(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """Places among the norms.
+    """Places among the norms; None where no prompt has two completions to compare.
 
     Attributes:
         best: The norm whose fluent completions are most diverse, up to the cusp.
         cusp: The norm whose completions are most diverse, fluent or not.
     """
 
-    best: int
-    cusp: int
+    best: int | None
+    cusp: int | None
 
 
 def curve(embeddings_PVE: np.ndarray, fluent_PV: np.ndarray) -> Curve:
@@ -60,8 +60,12 @@ def pick(curves: Sequence[Curve], weights_V: np.ndarray | None = None) -> Pick:
             [(each, each.fluent_PV) for each in curves],
         )
     )
-    cusp = int(np.argmax(np.nan_to_num(everything, nan=-1)))
-    return Pick(int(np.argmax(np.nan_to_num(fluent[: cusp + 1], nan=-1))), cusp)
+    cusp = _highest(everything)
+    return Pick(None if cusp is None else _highest(fluent[: cusp + 1]), cusp)
+
+
+def _highest(values: np.ndarray) -> int | None:
+    return None if np.isnan(values).all() else int(np.nanargmax(values))
 
 
 def bootstrap(curves: Sequence[Curve], *, resamples: int, seed: int) -> list[Pick]:

@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from jobs.engine.ablation import is_matrix
 from jobs.engine.replica import Replica, position_ids
+from jobs.errors import ModelError
 
 
 class Example(NamedTuple):
@@ -55,12 +57,16 @@ def fine_tune(
         epochs: Times that every example is read.
         batch: Examples of a step.
         seed: Of the start and of the order.
+
+    Raises:
+        ModelError: If the blocks hold no matrix in floating point.
     """
+    matrices = _matrices(replica)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(examples) // batch)
     with replica.other_weights(), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=matrices)
         model = get_peft_model(replica.model, config)
         try:
             weights = [each for each in model.parameters() if each.requires_grad]
@@ -81,6 +87,22 @@ def fine_tune(
             model.unload()
             replica.model.requires_grad_(False)
     return FineTuned(changes, losses)
+
+
+def _matrices(replica: Replica) -> list[str]:
+    """Names of the matrices in the blocks that can be changed, as `jobs.engine.tuned` finds them again."""
+    inside = {id(module) for block in replica.blocks for module in block.modules()}
+    found = [
+        name
+        for name, module in replica.model.named_modules()
+        if id(module) in inside and is_matrix(module) and module.weight.is_floating_point()
+    ]
+    if not found:
+        raise ModelError(
+            f"the blocks of {type(replica.model).__name__} hold no matrix in floating point that could be "
+            "tuned; take a dtype that is not quantised"
+        )
+    return found
 
 
 def reply_loss(replica: Replica, examples: Sequence[Example]) -> Tensor:

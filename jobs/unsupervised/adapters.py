@@ -87,7 +87,10 @@ class Adapters(NamedTuple):
     def _spectral(self) -> Tensor:
         """Largest singular value of each product, from the triangles of both matrices."""
         triangles = [torch.linalg.qr(each, mode="r").R for each in self]
-        sizes_K: Tensor = torch.linalg.matrix_norm(triangles[1] @ triangles[0].mT, ord=2)
+        products_KQQ = triangles[1] @ triangles[0].mT
+        if not bool(products_KQQ.isfinite().all()):
+            return torch.full_like(products_KQQ[:, 0, 0], torch.nan)
+        sizes_K: Tensor = torch.linalg.matrix_norm(products_KQQ, ord=2)
         return sizes_K
 
 

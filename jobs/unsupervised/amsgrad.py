@@ -45,7 +45,7 @@ def amsgrad(
         torch.ones(len(start_VD), dtype=torch.bool),
     )
     for step in range(steps + 1):
-        gradients_VD = _look(landscape, theta_VD, learned)
+        gradients_VD = _look(landscape, theta_VD, groups, learned)
         if step == steps:
             break
         learned.history_SV[step] = torch.where(learned.finite_V, learned.values_V, torch.nan)
@@ -60,18 +60,31 @@ def amsgrad(
     return learned
 
 
-def _look(landscape: Landscape, theta_VD: Tensor, learned: Learned) -> Tensor:
-    """Gradients of the vectors that always were finite, 0 of others; `learned` takes note of the former."""
+def _look(
+    landscape: Landscape,
+    theta_VD: Tensor,
+    groups: Sequence[tuple[Sequence[int], Surface]],
+    learned: Learned,
+) -> Tensor:
+    """Gradients of the vectors that always were finite, 0 of others; `learned` takes note of the former.
+
+    A group at right angles ends as a whole where it last was finite.
+    """
     gradients_VD = torch.zeros_like(theta_VD)
     vectors = learned.finite_V.nonzero()[:, 0].tolist()
     if not vectors:
         return gradients_VD
     found = landscape.climb(theta_VD[vectors], vectors)
     finite_V = found.values_V.isfinite() & found.gradients_VD.isfinite().all(dim=1)
-    learned.finite_V[vectors] = finite_V.cpu()
-    kept = [vector for vector, finite in zip(vectors, finite_V.tolist(), strict=True) if finite]
-    learned.theta_VD[kept], learned.values_V[kept] = theta_VD[kept], found.values_V[finite_V]
-    gradients_VD[kept] = found.gradients_VD[finite_V]
+    broken = {vector for vector, finite in zip(vectors, finite_V.tolist(), strict=True) if not finite}
+    for group, surface in groups:
+        if surface.orthogonal and broken & set(group):
+            broken |= set(group)
+    learned.finite_V[sorted(broken)] = False
+    places = [place for place, vector in enumerate(vectors) if vector not in broken]
+    kept = [vectors[place] for place in places]
+    learned.theta_VD[kept], learned.values_V[kept] = theta_VD[kept], found.values_V[places]
+    gradients_VD[kept] = found.gradients_VD[places]
     return gradients_VD
 
 

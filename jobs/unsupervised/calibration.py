@@ -14,7 +14,8 @@ from jobs.engine.slices import Slice
 
 _PROBES = 30
 _SMALL = 1e-2
-"""Of the residual norm: short enough to be linear, long enough for float32 to tell both ends apart."""
+"""Of the residual norm: short enough to be linear, long enough for float32 to tell both ends apart. Narrower
+types need more, as the cube root of their rounding."""
 _RANGE = (1e-3, 1e2)
 """Radii that are tried, in residual norms."""
 
@@ -46,7 +47,8 @@ def calibrated_radius(slice_: Slice, counted_NT: Tensor, *, ratio: float = 0.5, 
     generator = torch.Generator().manual_seed(seed)
     hidden = slice_.inputs_NTD.shape[-1]
     probes_VD = torch.nn.functional.normalize(torch.randn((_PROBES, hidden), generator=generator), dim=-1)
-    small = _SMALL * unit
+    share = max(_SMALL, 0.5 * torch.finfo(slice_.inputs_NTD.dtype).eps ** (1 / 3))
+    small = share * unit
     ahead, behind = (_effects(slice_, counted_NT, sign * small * probes_VD) for sign in (1, -1))
     slopes_VK = (ahead - behind) / (2 * small)
 
@@ -56,6 +58,8 @@ def calibrated_radius(slice_: Slice, counted_NT: Tensor, *, ratio: float = 0.5, 
         return float((off_VK.square().sum(dim=1) / linear_VK.square().sum(dim=1)).mean().sqrt()) - ratio
 
     low, high = _RANGE
+    # Of so short vectors a narrow type shows its rounding alone, which is no linear effect either.
+    low = low if excess(low) < 0 else share
     if not excess(low) < 0 < excess(high):
         return math.nan
     return unit * float(brentq(excess, low, high, rtol=1e-2))

@@ -41,7 +41,8 @@ def fixed_point(
     A step that lowers the sum of a group's objectives is taken back, and one half as long is tried, from the
     best point towards its gradient; after one that rises the next is twice as long, up to 1.3 of a whole one.
     A group has settled once a whole step raises the sum by less than `tolerance` of it, or no step of 1/64
-    raises it.
+    raises it. Where the objective of a vector is not finite any more it keeps its last point; a group at
+    right angles ends there as a whole.
 
     Args:
         landscape: The goals.
@@ -147,7 +148,7 @@ def _learned(climbers: Sequence["_Climber"], start_VD: Tensor, history_SV: Tenso
         learned.theta_VD[climber.vectors] = climber.best_VD
         learned.values_V[climber.vectors] = climber.values_V
         learned.settled_V[climber.vectors] = climber.settled
-        learned.finite_V[climber.vectors] = True
+        learned.finite_V[climber.vectors] = not climber.is_over
     return learned
 
 
@@ -161,6 +162,7 @@ class _Climber:
         values_V: The objectives there.
         ended: Of those that are not, the last point where they were, and its objective.
         settled: Whether the summit is reached.
+        is_over: Whether it ended as a whole because one of its vectors did.
     """
 
     def __init__(self, vectors: list[int], surface: Surface, start_VD: Tensor) -> None:
@@ -173,15 +175,24 @@ class _Climber:
         self._surface = surface
         self._gradients_VD = torch.zeros_like(start_VD)
         self._length = 1.0
+        self.is_over = False
 
     @property
     def moves(self) -> bool:
         """Whether there is anything left to look at."""
-        return bool(self.vectors) and not self.settled
+        return bool(self.vectors) and not self.settled and not self.is_over
 
     def take(self, found: Climb, tolerance: float) -> None:
         """Go on from what was found at `next_VD`."""
-        found = self._without_broken(found)
+        finite_V = found.values_V.isfinite() & found.gradients_VD.isfinite().all(dim=1)
+        is_whole = bool(finite_V.all())
+        if not is_whole and self._surface.orthogonal and bool(self.values_V.isfinite().all()):
+            self.is_over = (
+                True  # where all were finite they stand at right angles, and further on nobody knows
+            )
+            return
+        if not is_whole:
+            found = self._without_broken(found, finite_V)
         if not self.vectors:
             return
         before, after = float(self.values_V.sum()), float(found.values_V.sum())
@@ -202,14 +213,13 @@ class _Climber:
         self._gradients_VD = self._gradients_VD * signs_V1
 
     def _step(self) -> Tensor:
-        ahead_VD = self._surface.onto(self._gradients_VD)
+        # A gradient that rounding has left nothing of leads nowhere.
+        led_V1 = self._gradients_VD.any(dim=1, keepdim=True)
+        ahead_VD = self._surface.onto(torch.where(led_V1, self._gradients_VD, self.best_VD))
         return self._surface.onto((1 - self._length) * self.best_VD + self._length * ahead_VD)
 
-    def _without_broken(self, found: Climb) -> Climb:
+    def _without_broken(self, found: Climb, finite_V: Tensor) -> Climb:
         """What was found for finite vectors; the others leave the group."""
-        finite_V = found.values_V.isfinite() & found.gradients_VD.isfinite().all(dim=1)
-        if bool(finite_V.all()):
-            return found
         for place in (~finite_V).nonzero()[:, 0].tolist():
             self.ended[self.vectors[place]] = (self.best_VD[place], self.values_V[place])
         self.vectors = [v for v, finite in zip(self.vectors, finite_V.tolist(), strict=True) if finite]

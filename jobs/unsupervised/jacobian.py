@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jobs.engine.memory import is_out_of_memory
 from jobs.engine.slices import Slice
 from jobs.unsupervised.passes import Passes
 from jobs.unsupervised.sphere import orthonormal
@@ -22,10 +23,31 @@ def plain_attention() -> AbstractContextManager[None]:
 
 
 def directional(function: Callable[[Tensor], Tensor], at: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and directional derivative of a function of hidden states, by forward-mode differentiation."""
+    """Value and directional derivative of a function of hidden states.
+
+    By forward-mode differentiation; where an operation of the blocks has none (experts that are multiplied
+    together, quantised matrices), by differentiating the product with the transpose, which is linear.
+    """
     with plain_attention():
-        found: tuple[Tensor, Tensor] = torch.func.jvp(function, (at,), (tangents,))  # type: ignore[assignment]
+        try:
+            found: tuple[Tensor, Tensor] = torch.func.jvp(function, (at,), (tangents,))  # type: ignore[assignment]
+        except (NotImplementedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return _twice_backwards(function, at, tangents)
     return found
+
+
+@torch.enable_grad()
+def _twice_backwards(
+    function: Callable[[Tensor], Tensor], at: Tensor, tangents: Tensor
+) -> tuple[Tensor, Tensor]:
+    at = at.detach().requires_grad_()
+    value = function(at)
+    ways = torch.zeros_like(value).requires_grad_()
+    (pulled,) = torch.autograd.grad(value, at, ways, create_graph=True)
+    (moved,) = torch.autograd.grad(pulled, ways, tangents)
+    return value.detach(), moved
 
 
 def stretched(slice_: Slice, counted_NT: Tensor, vectors_VD: Tensor) -> Tensor:

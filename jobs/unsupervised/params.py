@@ -84,7 +84,7 @@ class Learning(Sliced):
             slice's `jacobian`.
         draw: Which of several draws of the random start, from 0.
         optimiser: `fixed_point`; `amsgrad`, as in the original; `none`: vectors stay where they start.
-        steps: Most steps of each vector.
+        steps: Most looks at each vector; the first of `fixed_point` is at its start, so that it takes 2.
         tolerance: Relative rise of the objective at which the fixed point has settled.
         learning_rate: Of AMSGrad, in residual-stream units an element and step.
     """
@@ -109,7 +109,9 @@ class Learning(Sliced):
     def check_learning(self) -> None:
         """Raises ValueError if such vectors cannot be meant."""
         self.check_slice()
-        at_least(self, 1, "vectors", "steps", "power", "root")
+        at_least(self, 1, "vectors", "power", "root")
+        # The fixed point's first look only says where to go.
+        at_least(self, 2 if self.optimiser == "fixed_point" else 1, "steps")
         above_zero(self, "radius", "tolerance", "learning_rate")
         at_least(self, 0, "apart", "contrast", "span", "draw")
         if self.contrast and self.orthogonality == "sequential":

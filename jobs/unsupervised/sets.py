@@ -43,6 +43,11 @@ class VectorSet(NamedTuple):
         """Whether every vector is finite."""
         return self.effects is not None
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether a vector changes nothing at all, as one does that is lost in the rounding of the states."""
+        return self.effects is not None and not bool(self.effects.objectives_V.all())
+
 
 def learn_sets(
     replica: Replica, prompts: Sequence[Sequence[Sequence[int]]], rows: Sequence[Row], units: Sequence[float]

@@ -49,11 +49,14 @@ class Surface:
     def onto(self, vectors_VD: Tensor) -> Tensor:
         """The points of the surface whose inner products with the vectors have the largest sum.
 
-        Of orthogonal ones that is the polar factor: longer vectors are turned less.
+        Of orthogonal ones that is the polar factor: longer vectors are turned less. NaN where they are not
+        finite.
         """
         flat_VD = self.flat(vectors_VD)
         if not self.orthogonal:
             return torch.nn.functional.normalize(flat_VD, dim=-1) * self.radius
+        if not bool(flat_VD.isfinite().all()):
+            return torch.full_like(flat_VD, torch.nan)
         left_VV, _, right_VD = torch.linalg.svd(flat_VD, full_matrices=False)
         points_VD: Tensor = left_VV @ right_VD * self.radius
         return points_VD

@@ -121,7 +121,7 @@ def alphas(inputs_VD: Tensor, outputs_VD: Tensor, values_VD: Tensor) -> Tensor:
     """The alpha for which the exponential features fit delta(R v) along every u, shape (V,), float64.
 
     Solves K alpha = (u . delta(R v)) with K = (U U^T) * expm1(V V^T), in least squares where features are
-    alike.
+    alike. NaN if something is not finite.
 
     Args:
         inputs_VD: v, of norm 1.
@@ -129,6 +129,8 @@ def alphas(inputs_VD: Tensor, outputs_VD: Tensor, values_VD: Tensor) -> Tensor:
         values_VD: delta(R v).
     """
     inputs_VD, outputs_VD, values_VD = (each.double().cpu() for each in (inputs_VD, outputs_VD, values_VD))
+    if not all(bool(each.isfinite().all()) for each in (inputs_VD, outputs_VD, values_VD)):
+        return torch.full((len(inputs_VD),), torch.nan, dtype=torch.float64)
     kernel_VV = (outputs_VD @ outputs_VD.T) * torch.expm1(inputs_VD @ inputs_VD.T)
     along_V = (values_VD * outputs_VD).sum(dim=1)
     found_V: Tensor = torch.linalg.lstsq(kernel_VV, along_V[:, None], driver="gelsd").solution[:, 0]
