@@ -415,7 +415,14 @@ class TestCodeVersion:
                 "reading/completions.py",
                 {
                     *("jobs.capability", "jobs.capture", "jobs.generate"),
-                    *("jobs.honesty", "jobs.judge", "jobs.steer", "jobs.adapters", "jobs.sample"),
+                    *(
+                        "jobs.honesty",
+                        "jobs.judge",
+                        "jobs.steer",
+                        "jobs.adapters",
+                        "jobs.sample",
+                        "jobs.finetune",
+                    ),
                     *(LEARNED - {"jobs.calibrate"}),
                 },
             ),
