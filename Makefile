@@ -1,5 +1,5 @@
 # make install | demo | test | chaos | studies | lint | bench-steering | bench-melbo |
-#      bench-orchestrator | bench-gpu | lock
+#      bench-orchestrator | bench-storage | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-orchestrator bench-gpu lock
+.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-orchestrator bench-storage \
+	bench-gpu lock
 
 install: $(STAMP)
 
@@ -73,6 +74,10 @@ bench-melbo: install
 # About half an hour on 2 cores; writes benchmarks/results/orchestrator.json.
 bench-orchestrator: install
 	$(BIN)/python -m benchmarks.orchestrator
+
+# About half an hour on 2 cores; writes benchmarks/results/storage.json.
+bench-storage: install
+	$(BIN)/python -m benchmarks.storage
 
 # Needs a GPU; writes benchmarks/results/gpu.json.
 bench-gpu: install

@@ -602,6 +602,29 @@ def test_a_manifest_of_a_newer_version_is_refused_with_both_versions(tmp_path: P
         Store(tmp_path)
 
 
+def test_a_sweep_of_the_version_before_is_read_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = scattered_store(tmp_path, 3)
+    store.withdraw(["s2"])
+    again = {"trial": 2, "spec": "s2", "state": "completed", "finished": 9.0}
+    store.commit([Part((), (StoredResult("s2", "completed", None),))], trials=[again])
+    before, results = rows_of(store), dict(store.results)
+    for path in (tmp_path / "manifest").iterdir():
+        older = {**json.loads(path.read_text()), "schema": 4}
+        path.write_text(
+            json.dumps({key: value for key, value in older.items() if value or key != "replaced"})
+        )
+    found = Store(tmp_path)
+    assert (rows_of(found), found.results) == (before, results)
+    monkeypatch.setattr(compaction, "MANY", 4)
+    more_commits(found, range(5, 7))
+    found.compact()
+    assert rows_of(Store(tmp_path)) == rows_of(found)
+    assert Store(tmp_path).results == found.results
+    assert Store(tmp_path).withdrawn_trials() == [(2, 2.0)]
+
+
 def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
