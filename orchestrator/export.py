@@ -40,7 +40,8 @@ def export(folder: Path, chosen: Chosen) -> dict[str, Any]:
     The file holds the residual norms that doses refer to, where they are known.
 
     Returns:
-        file, the layers in it, and what `to_json` says of their source.
+        file, the layers in it, and what `to_json` says of their source; of a learned vector also the
+        multiplier that steers as strongly as it was learned, since files are read as directions of norm 1.
 
     Raises:
         SpecError: If none or several are meant, the file is there already, its suffix is none of ours, or
@@ -64,10 +65,14 @@ def export(folder: Path, chosen: Chosen) -> dict[str, Any]:
     if chosen.out.suffix == ".gguf":
         hint = chosen.architecture or _architecture(model)
         write_gguf(chosen.out, directions, model_hint=hint, skip_block_0=True, **said)
-        directions.pop(0, None)
     else:
         write_safetensors(chosen.out, directions, **said)
-    return {**source.to_json(), "file": str(chosen.out), "written": sorted(directions)}
+    multiplier = {}
+    if isinstance(source, LearnedSet):
+        multiplier["multiplier"] = float(np.linalg.norm(directions[source.layer]))
+    if chosen.out.suffix == ".gguf":
+        directions.pop(0, None)
+    return {**source.to_json(), **multiplier, "file": str(chosen.out), "written": sorted(directions)}
 
 
 def _chosen(

@@ -246,7 +246,12 @@ def _short(job: str, params: Mapping[str, Any] | None) -> str:
 def _written_line(written: Mapping[str, Any]) -> str:
     is_cut = written["written"] != written["layers"]
     left = "; a GGUF control vector has no layer 0, which was left out" if is_cut else ""
-    return f"{written['file']}: layers {_spans(written['written'])} of {written['spec']}{left}"
+    told = (
+        f"; multiplier={written['multiplier']:g} is the norm it was learned at"
+        if "multiplier" in written
+        else ""
+    )
+    return f"{written['file']}: layers {_spans(written['written'])} of {written['spec']}{left}{told}"
 
 
 def report(folder: Folder, as_json: Json = False) -> None:

@@ -106,6 +106,7 @@ class TestStoredSets:
         assert list(file.directions) == written["written"] == [0]
         np.testing.assert_array_equal(file.directions[0], stored[2])
         assert file.metadata["method"].endswith("vector 2")
+        assert written["multiplier"] == pytest.approx(np.linalg.norm(stored[2]))
 
     def test_directions_have_no_vectors_by_number(self, tmp_path: Path) -> None:
         kept = store(tmp_path / "sweep", **arrays())
