@@ -77,9 +77,7 @@ class Manifest:
         entries, checkpoints = _numbers(self._place)
         self._next = max((*entries, *checkpoints), default=-1) + 1
         self._oldest = min(entries, default=self._next)
-        self._checkpoints = [
-            (number, _checkpoint_path(self._place, number).stat().st_mtime) for number in checkpoints
-        ]
+        self._checkpoints = checkpoints
         self._removable: dict[str, float] = {}
         if checkpoints:
             self._take_checkpoint(checkpoints[-1])
@@ -124,7 +122,8 @@ class Manifest:
         Raises:
             StoreError: If the disk refuses; what was visible stays.
         """
-        self._remove_old(keeps_entries)
+        with _complaints(self._place):
+            self._remove_old(keeps_entries)
         content = {
             "schema": SCHEMA_VERSION,
             "files": [file._asdict() for file in self.files.values()],
@@ -133,7 +132,7 @@ class Manifest:
         }
         number = self._next - 1
         publish(_checkpoint_path(self._place, number), _json(content))
-        self._checkpoints.append((number, time.time()))
+        self._checkpoints.append(number)
         self._removable = dict(self.replaced)
         self.recent.clear()
 
@@ -144,15 +143,22 @@ class Manifest:
             if since < long_ago:
                 (self._folder / path).unlink(missing_ok=True)
                 self.replaced.pop(path, None)
-        old = [number for number, written in self._checkpoints if written < long_ago]
-        if not old or keeps_entries:
+        if keeps_entries:
+            return
+        # Only who writes asks for their age: readers may find that an old one has just gone.
+        old = [
+            number
+            for number in self._checkpoints
+            if _checkpoint_path(self._place, number).stat().st_mtime < long_ago
+        ]
+        if not old:
             return
         for number in range(self._oldest, old[-1]):
             _entry_path(self._place, number).unlink(missing_ok=True)
         for number in old[:-1]:
             _checkpoint_path(self._place, number).unlink(missing_ok=True)
         self._oldest = old[-1]
-        self._checkpoints = [each for each in self._checkpoints if each[0] >= old[-1]]
+        self._checkpoints = [number for number in self._checkpoints if number >= old[-1]]
 
     def _take_checkpoint(self, number: int) -> None:
         path = _checkpoint_path(self._place, number)

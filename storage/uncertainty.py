@@ -12,6 +12,7 @@ import numpy as np
 from storage.front import best_first, front, knee
 from storage.pareto import Points, described, front_of, read_points
 from storage.query import StoredSweep
+from storage.views import quoted
 
 DRAWS = 1000
 MOST_TRIALS = 500
@@ -141,7 +142,7 @@ def _resampled(items_TN: np.ndarray, times_RN: np.ndarray) -> np.ndarray:
 def _items(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) -> np.ndarray:
     """Values of the items that carry an objective's name, shape (T, N), NaN where a trial has none."""
     rows = sweep.rows(
-        f"SELECT trial, item, value FROM items WHERE name = '{_escaped(name)}' AND split = '{split}' "
+        f"SELECT trial, item, value FROM items WHERE name = {quoted(name)} AND split = '{split}' "
         f"AND trial IN ({_listed(trials)}) AND value IS NOT NULL"
     )
     places = {trial: place for place, trial in enumerate(trials)}
@@ -156,7 +157,7 @@ def _errors(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) ->
     """Standard errors by the stored intervals, shape (T,), 0 where there is none."""
     rows: list[dict[str, Any]] = sweep.rows(
         f"SELECT trial, max(value) - min(value) AS width FROM metrics "
-        f"WHERE name IN ('{_escaped(name)}_low', '{_escaped(name)}_high') AND split = '{split}' "
+        f"WHERE name IN ({quoted(name + '_low')}, {quoted(name + '_high')}) AND split = '{split}' "
         f"AND trial IN ({_listed(trials)}) GROUP BY trial HAVING count(value) = 2"
     )
     widths = {row["trial"]: row["width"] for row in rows}
@@ -165,7 +166,3 @@ def _errors(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) ->
 
 def _listed(trials: Sequence[int]) -> str:
     return ", ".join(map(str, trials)) or "NULL"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("'", "''")

@@ -31,7 +31,7 @@ def directional(function: Callable[[Tensor], Tensor], at: Tensor, tangents: Tens
     with plain_attention():
         try:
             found: tuple[Tensor, Tensor] = torch.func.jvp(function, (at,), (tangents,))  # type: ignore[assignment]
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             return _twice_backwards(function, at, tangents)
