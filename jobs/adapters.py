@@ -8,11 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs import sample
 from jobs.asking import encode_prompt
 from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt
+from jobs.reading.behaviours import (
+    FROM_UNSTEERED,
+    OVER_RANDOM,
+    Reading,
+    from_unsteered,
+    over_random,
+    stored_means,
+)
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
-from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.unsupervised.params import Sliced, canonical_slice
 
@@ -74,6 +82,7 @@ METRICS = {
     "held_out_objective": Metric("stream units^(p/q)", "mean of it a prompt, over the split's prompts"),
     "spread": Metric("share", "entropy of the tokens' shares of the objective over the largest possible"),
     **BEHAVIOURS,
+    **FROM_UNSTEERED,
     **OVER_RANDOM,
 }
 PACK_BY = None
@@ -91,8 +100,13 @@ def size(params: Params) -> Size:
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """Random adapters of the same size, if they are asked for."""
-    return [control(params)] if params.compare and params.optimiser != "none" else []
+    """Unsteered replies; random adapters of the same size, if they are asked for."""
+    unsteered = sample.unsteered_reply(params)
+    return [unsteered, control(params)] if _is_compared(params) else [unsteered]
+
+
+def _is_compared(params: Params) -> bool:
+    return params.compare and params.optimiser != "none"
 
 
 def control(params: Params) -> Requirement:
@@ -222,7 +236,8 @@ def _outcome(
         "objective_start": float(start_K.double().mean()),
         "spread": float(learned.spread_KN.double().mean()),
     }
-    random = context.artifact(control(params)) if requires(params) else None
+    random = context.artifact(control(params)) if _is_compared(params) else None
+    unsteered = context.artifact(sample.unsteered_reply(params))
     metrics = {}
     for split, means in read.metrics.items():
         of = [number for number, prompt in enumerate(prompts) if prompt.split == split]
@@ -231,6 +246,7 @@ def _outcome(
             **common,
             "held_out_objective": float(held_out_K.double().mean()) / len(of),
             **means,
+            **from_unsteered(read.tensors, unsteered, split),
             **over_random(means, None if random is None else stored_means(random, split)),
         }
     tensors = {
@@ -243,7 +259,7 @@ def _outcome(
     }
     return Outcome(
         metrics=metrics,
-        tables={"completions": completion_rows(prompts, said_PK)},
+        tables={"completions": completion_rows(prompts, said_PK, "adapter")},
         tensors={
             **{name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
             **read.tensors,

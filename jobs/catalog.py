@@ -51,8 +51,20 @@ def resolve(model_id: str) -> str:
     return str(path)
 
 
-def count_layers(model: ModelRef) -> int | None:
-    """Number of blocks that the model's configuration states; None where it states none.
+class Shape(NamedTuple):
+    """What a model's configuration states of its size; None where it states nothing.
+
+    Attributes:
+        layers: Number of blocks.
+        hidden: Width of the residual stream.
+    """
+
+    layers: int | None
+    hidden: int | None
+
+
+def stated_shape(model: ModelRef) -> Shape:
+    """The size of a model, without loading it.
 
     Raises:
         ModelError: If the model has no configuration that this machine can reach.
@@ -64,13 +76,13 @@ def count_layers(model: ModelRef) -> int | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         sections = (config, config.get("text_config", {}))
-        stated = [section.get(key) for section in sections for key in _LAYER_KEYS]
-        return next((int(number) for number in stated if number is not None), None)
+        stated = [[section.get(key) for section in sections for key in keys] for keys in _SHAPE_KEYS]
+        return Shape(*(next((int(number) for number in of if number is not None), None) for of in stated))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"cannot read the configuration of model {model.id!r}: {error}") from error
 
 
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_SHAPE_KEYS = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"))
 
 
 def _download_config(model: ModelRef) -> Path:

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from jobs import melbo
+from jobs import melbo, sample
 from jobs.asking import encode_prompt
 from jobs.calibrate import radius_unit, unit_of
 from jobs.checks import above_zero, at_least
 from jobs.errors import SpecError
+from jobs.reading.behaviours import (
+    FROM_UNSTEERED,
+    OVER_RANDOM,
+    Reading,
+    from_unsteered,
+    over_random,
+    stored_means,
+)
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
-from jobs.reading.behaviours import OVER_RANDOM, Reading, over_random, stored_means
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.unsupervised.params import RadiusUnit, Sliced, canonical_slice
 
@@ -83,6 +90,7 @@ METRICS = {
     "radius": Metric("stream units", "norm of every vector"),
     "top_score": Metric("as ranked", "score of the first feature: its strength, or its push along the words"),
     **BEHAVIOURS,
+    **FROM_UNSTEERED,
     **OVER_RANDOM,
 }
 PACK_BY = None
@@ -100,8 +108,19 @@ def size(params: Params) -> Size:
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """The unit of the radius; random vectors of the same norm, if they are asked for."""
-    return [*unit_of(params), *([control(params)] if params.compare else [])]
+    """The unit of the radius, unsteered replies; random vectors of the same norm, if they are asked for."""
+    always = [*unit_of(params), sample.unsteered_reply(params)]
+    return [*always, *([control(params)] if params.compare else [])]
+
+
+def learned_vectors(params: Params) -> int:
+    """How many vectors the artifact has: the features that are read."""
+    return params.read
+
+
+def orthogonal(params: Params) -> int:
+    """So many directions are at right angles to each other."""
+    return params.factors
 
 
 def control(params: Params) -> Requirement:
@@ -178,6 +197,7 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
         "top_score": float(scores_V[order[0]]),
     }
     random = context.artifact(control(params)) if params.compare else None
+    unsteered = context.artifact(sample.unsteered_reply(params))
     tensors = {
         "inputs": factors.inputs_VD[order],
         "outputs": factors.outputs_VD[order],
@@ -190,12 +210,13 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
             split: {
                 **learned,
                 **means,
+                **from_unsteered(read.tensors, unsteered, split),
                 **over_random(means, None if random is None else stored_means(random, split)),
             }
             for split, means in read.metrics.items()
         },
         tables={
-            "completions": completion_rows(prompts, found.said_PV),
+            "completions": completion_rows(prompts, found.said_PV, "feature"),
             "vectors": [
                 {"name": f"dct_{number}", "layer": params.source, "norm": radius, "vector": vector_D}
                 for number, vector_D in enumerate(vectors_VD)

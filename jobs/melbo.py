@@ -16,15 +16,17 @@ from jobs.asking import encode_prompt
 from jobs.calibrate import radius_unit, unit_of
 from jobs.data.prompts import OpenPrompt
 from jobs.errors import SpecError
-from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import (
+    FROM_UNSTEERED,
     OVER_RANDOM,
     Behaviours,
     Reading,
     at_nll,
+    from_unsteered,
     over_random,
     stored_means,
 )
+from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.resolve import parse_use
 from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.unsupervised.params import Learning, canonical_learning
@@ -94,7 +96,9 @@ METRICS = {
     "identity": Metric("share", "change of the target that no vector makes, over its largest state"),
     "settled": Metric("share", "vectors whose optimiser stopped by its own test"),
     "steps": Metric("steps", "mean number of steps of a vector"),
+    "start_cosine": Metric("cosine", "mean between a vector and its start: 1 where it was not moved"),
     **BEHAVIOURS,
+    **FROM_UNSTEERED,
     **OVER_RANDOM,
     "diversity_over_random_at_nll": Metric(
         "1 - cosine", "diversity less that of random vectors of the norm at which they have the same nll"
@@ -114,16 +118,16 @@ CONTROL = "random vectors"
 
 def size(params: Params) -> Size:
     """About 45 tokens a prompt: each step reads half the model twice, completions are read twice."""
-    steps = {"fixed_point": 10, "none": 1}.get(params.optimiser, params.steps)
+    steps = {"fixed_point": 10, "none": 1}.get(params.optimiser, params.most_steps)
     learned, read = params.learn_from * params.vectors, 2 * params.read_on * params.vectors
     tokens = 45 * learned * steps + (learned + read) * 2 * (45 + params.max_new_tokens)
     return Size(learned + read, tokens)
 
 
 def requires(params: Params) -> Sequence[Requirement]:
-    """The unit of the radius, and what is asked for of random vectors and unsteered samples."""
-    unit = unit_of(params)
-    return unit if params.is_random else [*unit, *_random(params), *_sampled(params)]
+    """The unit of the radius, unsteered replies, and what is asked for of random vectors and samples."""
+    always = [*unit_of(params), sample.unsteered_reply(params)]
+    return always if params.is_random else [*always, *_random(params), *_sampled(params)]
 
 
 def _random(params: Params) -> list[Requirement]:
@@ -149,6 +153,16 @@ def _sampled(params: Params) -> list[Requirement]:
         )
         for temperature in params.temperatures
     ]
+
+
+def learned_vectors(params: Params) -> int:
+    """How many vectors the artifact has."""
+    return params.vectors
+
+
+def orthogonal(params: Params) -> int:
+    """So many directions are at right angles to each other."""
+    return params.vectors if params.orthogonality in ("joint", "sequential") else 1
 
 
 def control(params: Params) -> Requirement | None:
@@ -225,7 +239,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
         else:
             read = params.behaviours(prompts[index], found.said_PV)
             done = _outcome(prompts[index], found.said_PV, read, params, sets[index])
-            yield index, replace(done, metrics=_compared(done.metrics, params, context))
+            yield index, replace(done, metrics=_compared(done, params, context))
 
 
 _NOT_FINITE = (
@@ -258,7 +272,10 @@ def _outcome(
     }
     return Outcome(
         metrics={split: {**learned, **means} for split, means in read.metrics.items()},
-        tables={"completions": completion_rows(prompts, said_PV), "vectors": _vectors(params, found)},
+        tables={
+            "completions": completion_rows(prompts, said_PV, "vector"),
+            "vectors": _vectors(params, found),
+        },
         tensors={
             **{name: tensor.float().cpu().numpy() for name, tensor in tensors.items()},
             **read.tensors,
@@ -281,21 +298,25 @@ def _learned_metrics(found: "VectorSet") -> dict[str, float]:
         "on_manifold_random": found.on_manifold_random,
         "identity": found.effects.identity,
         "settled": float(found.learned.settled_V.double().mean()),
+        "start_cosine": found.start_cosine,
         "steps": float(found.learned.history_SV.isfinite().sum(dim=0).double().mean()),
     }
 
 
-def _compared(
-    metrics: Mapping[str, Mapping[str, float]], params: Params, context: Context
-) -> dict[str, dict[str, float]]:
-    """The metrics with those that compare them to random vectors and to unsteered samples."""
+def _compared(done: Outcome, params: Params, context: Context) -> dict[str, dict[str, float]]:
+    """The metrics with those that compare them to random vectors, the unsteered reply and samples."""
+    unsteered = context.artifact(sample.unsteered_reply(params))
     random, sampled = (
         [] if params.is_random else [context.artifact(each) for each in needed(params)]
         for needed in (_random, _sampled)
     )
     return {
-        split: {**means, **_over(means, params, *(_means(each, split) for each in (random, sampled)))}
-        for split, means in metrics.items()
+        split: {
+            **means,
+            **from_unsteered(done.tensors, unsteered, split),
+            **_over(means, params, *(_means(each, split) for each in (random, sampled))),
+        }
+        for split, means in done.metrics.items()
     }
 
 

@@ -16,7 +16,7 @@ from jobs.asking import encode_prompt
 from jobs.checks import at_least
 from jobs.errors import SpecError
 from jobs.scoring.chat import Chat, ask, code_of
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.spec import UNSTEERED, Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -141,8 +141,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Have each row's vector named.
 
     The judge sees the prompts that the set was learned from and those of the split select. Tables of the
-    outcome: `completions`, item 2 x prompt the unsteered reply and 2 x prompt + 1 the one under the vector,
-    split extract on what the judge saw and report on its queries; `items`, the score `shift` of each, and
+    outcome: `completions`, the unsteered reply to each prompt and the one under the vector, split
+    extract on what the judge saw and report on its queries; `items`, the score `shift` of each, and
     `name`, with the name as label.
 
     A row fails if the judge gives no name.
@@ -229,8 +229,10 @@ def _outcome(named: Named, seen: Sequence[Both], tried: Sequence[Both], params: 
             head = {"split": split, "prompt": each.prompt}
             items.append({**head, "item": number, "name": "shift", "value": value})
             completions += [
-                {**head, "item": 2 * number + row, "text": text}
-                for row, text in enumerate((each.usual, each.changed))
+                {**head, "item": 2 * number + row, "variant": variant, "text": text}
+                for row, (variant, text) in enumerate(
+                    ((UNSTEERED, each.usual), (f"vector {params.vector}", each.changed))
+                )
             ]
     return Outcome(metrics={"extract": metrics}, tables={"completions": completions, "items": items})
 

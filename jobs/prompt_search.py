@@ -13,7 +13,7 @@ import numpy as np
 from jobs import melbo
 from jobs.asking import encode_prompt
 from jobs.checks import at_least
-from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
+from jobs.spec import UNSTEERED, Context, Metric, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -91,8 +91,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Search for each row's text, behind the first prompt that its vectors were learned from.
 
     Tensors of the outcome, float64: `tokens` (tokens,), the ids of the text, and `history` (steps + 1,), the
-    best cosine so far. Table `completions`, split extract: item 0 the reply to the bare prompt, 1 the reply
-    under the vector, 2 the reply to prompt and text.
+    best cosine so far. Table `completions`, split extract: the reply to the bare prompt, the reply under the
+    vector, and the reply to prompt and text, the variant `text`.
 
     Raises:
         ModelError: If there is no chat template, the encoder is absent, or the blocks cannot run alone.
@@ -188,8 +188,17 @@ def _outcome(
         "likeness_unsteered": float(cosine_similarity(bare[None], under[None])[0, 0]),
     }
     completions = [
-        {"split": "extract", "item": number, "prompt": prompt, "text": text, "tokens": len(reply)}
-        for number, (prompt, text, reply) in enumerate(zip(asked, texts, replies, strict=True))
+        {
+            "split": "extract",
+            "item": number,
+            "variant": variant,
+            "prompt": prompt,
+            "text": text,
+            "tokens": len(reply),
+        }
+        for number, (variant, prompt, text, reply) in enumerate(
+            zip((UNSTEERED, f"vector {params.vector}", "text"), asked, texts, replies, strict=True)
+        )
     ]
     return Outcome(
         metrics={"extract": metrics},

@@ -59,6 +59,7 @@ METRICS = {
 PACK_BY = None
 DATA: tuple[str, ...] = ()
 LAYERS: tuple[str, ...] = ()
+CONTROL = "random vectors"
 
 
 def size(params: Params) -> Size:
@@ -81,6 +82,10 @@ def _sets(params: Params) -> list[Requirement]:
 
 def _random(params: Params) -> list[Requirement]:
     return [melbo.random_of(each.params) for each in _sets(params)]
+
+
+def control(params: Params) -> None:
+    """It says nothing itself: the texts are those of the sets that it requires."""
 
 
 def check(params: Params) -> None:

@@ -99,8 +99,8 @@ def make_params(job: str, values: Mapping[str, Any]) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], hints, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise SpecError(f"{job} has no parameter {unknown}; it takes {sorted(hints)}{hint}")
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise SpecError(f"{job} has no parameter {unknown}{hint}; it takes {sorted(hints)}")
     required = {
         field.name
         for field in dataclasses.fields(params_type)
@@ -136,8 +136,28 @@ def convert(owner: str, name: str, value: Any, hint: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
         return float(value)
-    expected = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise SpecError(f"{owner}: {name}={value!r} is a {type(value).__name__}; it takes {expected}")
+    raise SpecError(f"{owner}: {name}={value!r}; it takes {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    """What a field of a type takes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, arguments))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a list, each entry {_in_words(arguments[0])}"
+    return _WORDS.get(hint, str(hint))
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    types.NoneType: "null",
+}
 
 
 def _matches(value: Any, hint: Any) -> bool:

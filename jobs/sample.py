@@ -1,15 +1,15 @@
-"""Job: sample the unsteered model several times; how diverse and fluent that is, to compare vectors with."""
+"""Job: what the unsteered model says, sampled several times, or its likeliest reply, to compare with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.asking import check_asking, encode_prompt
-from jobs.checks import above_zero, at_least
+from jobs.checks import at_least
 from jobs.data.prompts import OpenPrompt, load_open_prompts
 from jobs.reading.behaviours import METRICS as BEHAVIOURS
 from jobs.reading.behaviours import Reading
-from jobs.spec import Context, Outcome, Requirement, Row, Size, Status
+from jobs.spec import UNSTEERED, Context, Outcome, Requirement, Row, Size, Status
 
 if TYPE_CHECKING:
     from jobs.engine.replica import Replica
@@ -21,7 +21,8 @@ class Params(Reading):
 
     Attributes:
         samples: Completions of each prompt.
-        temperature: Divides the logits before a token is drawn, above 0.
+        temperature: Divides the logits before a token is drawn; 0 takes the likeliest, in the one sample that
+            there is then.
         prompts: Dataset of open prompts.
         learn_from: How many prompts of the split extract are completed.
         learn_after: How many of them are passed over first.
@@ -41,8 +42,9 @@ class Params(Reading):
         check_asking(self)
         self.check_reading()
         at_least(self, 1, "samples")
-        at_least(self, 0, "learn_from", "learn_after")
-        above_zero(self, "temperature")
+        at_least(self, 0, "learn_from", "learn_after", "temperature")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples={self.samples}, temperature=0; all of them would be the same: give 1")
 
 
 METRICS = BEHAVIOURS
@@ -65,6 +67,12 @@ def size(params: Params) -> Size:
 def requires(params: Params) -> Sequence[Requirement]:
     """Nothing."""
     return ()
+
+
+def unsteered_reply(params: Any) -> Requirement:
+    """The likeliest reply to every prompt that a job of vectors completes, with the parameters SHARED."""
+    shared = {name: getattr(params, name) for name in SHARED}
+    return Requirement(job=__name__, params=Params(samples=1, temperature=0.0, **shared))
 
 
 def check(params: Params) -> None:
@@ -111,11 +119,6 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
             yield index, Outcome(status=Status.FAILED, reason=found.flaw)
             continue
         read = rows[index].params.behaviours(prompts, found.said_PV)
-        yield (
-            index,
-            Outcome(
-                metrics=read.metrics,
-                tables={"completions": completion_rows(prompts, found.said_PV)},
-                tensors=read.tensors,
-            ),
-        )
+        variant = "sample" if params.temperature else UNSTEERED
+        completions = completion_rows(prompts, found.said_PV, variant)
+        yield index, Outcome(metrics=read.metrics, tables={"completions": completions}, tensors=read.tensors)

@@ -218,6 +218,9 @@ class Job(Protocol):
         CONTROL: What its texts are compared with, in a word or two, if not with the unsteered model's; empty
             if with nothing. A job that has one also has `control(params)`, the requirement whose texts those
             are, or None. Both may be absent.
+
+    A job whose artifact holds learned vectors, the tensor `vectors`, says with `learned_vectors(params)` how
+    many; one that needs directions at right angles to each other says with `orthogonal(params)` how many.
     """
 
     Params: type

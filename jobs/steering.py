@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jobs import extract
 from jobs.errors import SpecError
-from jobs.resolve import parse_use
+from jobs.resolve import load_job, parse_use
 from jobs.spec import Context, Requirement
 
 if TYPE_CHECKING:
@@ -98,9 +98,16 @@ class Steering:
                 "without and without_words"
             )
         try:
-            parse_use(self.learned)
+            use = parse_use(self.learned)
         except SpecError as error:
             raise ValueError(f"learned: {error}") from error
+        counted = getattr(load_job(use.job), "learned_vectors", None)
+        if counted is None:
+            raise ValueError(
+                f"learned={self.learned!r}: that job gives no vectors; take jobs.melbo or jobs.dct"
+            )
+        if self.vector >= (number := counted(use.params)):
+            raise ValueError(f"vector={self.vector}; the set has the vectors 0 to {number - 1}")
 
     @property
     def strength(self) -> float:
@@ -229,12 +236,7 @@ def _intervention(
 
 
 def _learned(context: Context, params: Steering) -> "np.ndarray":
-    vectors_VD = context.artifact(parse_use(params.learned)).get("vectors")
-    if vectors_VD is None:
-        raise SpecError(f"learned={params.learned!r}: that job gives no vectors; take jobs.melbo or jobs.dct")
-    if params.vector >= len(vectors_VD):
-        raise SpecError(f"vector={params.vector}; the set has the vectors 0 to {len(vectors_VD) - 1}")
-    found_D: np.ndarray = vectors_VD[params.vector]
+    found_D: np.ndarray = context.artifact(parse_use(params.learned))["vectors"][params.vector]
     return found_D
 
 

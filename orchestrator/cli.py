@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from jobs import catalog
 from jobs.errors import DoesNotFit, ModelError, SpecError, SteersweepError
-from orchestrator import kept, shipped
+from orchestrator import judged, kept, shipped
 from orchestrator.kept import Folder
 from orchestrator.printing import Json, print_json, print_pareto, print_plan, print_reasons, say
 from storage.durable import StoreError
@@ -118,7 +118,14 @@ def plan(
 
             stack.enter_context(connected(config, address, shipped_packages(file.space.job)))
             elsewhere = partial(on_a_machine, config)
-        found = make_plan(file.space, config, out=out, seconds=seconds, elsewhere=elsewhere)
+        found = make_plan(
+            file.space,
+            config,
+            out=out,
+            seconds=seconds,
+            elsewhere=elsewhere,
+            say=partial(typer.echo, err=True),
+        )
     if as_json:
         print_json(found)
     else:
@@ -130,11 +137,12 @@ def _load(
 ) -> tuple["SpaceFile", "RunConfig"]:
     """A space file as it is to be run, and how."""
     from orchestrator.config import make_config, split_settings
-    from orchestrator.space_file import load_space, with_absolute_data, with_fixed
+    from orchestrator.space_file import load_space, located_use, with_absolute_data, with_fixed
 
     fields, fixed = split_settings(settings or [])
     given = {name: value for name, value in options.items() if value is not None}
     config = make_config(**{**fields, **given})
+    config = config.model_copy(update={"tuned": located_use(config.tuned, (Path.cwd(),))})
     file = load_space(space)
     settled = with_fixed(file.space, fixed, Path.cwd())
     return file._replace(space=with_absolute_data(settled, (file.path.parent, Path.cwd()))), config
@@ -245,11 +253,14 @@ def fetch(
         say(f"{out}: {files} files; `steersweep resume {out}` goes on with it")
 
 
-for looking in (kept.status, kept.show, kept.pareto, kept.query, kept.logs, kept.doctor):
+for looking in (
+    *(kept.status, kept.show, kept.compare, kept.pareto, kept.query, kept.files, kept.logs, kept.doctor),
+):
     app.command()(looking)
-for writing in (kept.score, kept.vectors, kept.report, kept.ui):
+for writing in (judged.score, judged.label, kept.vectors, kept.report, kept.ui):
     app.command()(writing)
 app.command("jobs")(shipped.list_jobs)
+app.command("schema")(shipped.schema)
 
 
 @models.command("add")

@@ -1,7 +1,8 @@
 """Which trials' replies are worth reading, and what was said instead without what they try."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +10,24 @@ import numpy as np
 from jobs.spec import UNSTEERED
 from orchestrator.findings import Findings, Record, control_of, is_number, unsteered_specs
 from storage.query import StoredSweep
+from storage.views import quoted
 
 SHOWN_OF_FRONT = 6
 _Place = tuple[str, int, str]
+
+
+class Reply(NamedTuple):
+    """A reply of a result, a row of the table `completions`, and what stands beside it.
+
+    Attributes:
+        own: The result's.
+        control: That of the result's control in the same place; None where there is none.
+        unsteered: What the unsteered model says to the same prompt, where the control is something else.
+    """
+
+    own: Record
+    control: Record | None
+    unsteered: Record | None
 
 
 class Comparison(NamedTuple):
@@ -20,65 +36,85 @@ class Comparison(NamedTuple):
     Attributes:
         trial: The trial with its metrics.
         why: Why it is shown.
-        replies: Pairs of rows of the table `completions`: the trial's, and the control's where there is one.
+        replies: What it says.
     """
 
     trial: Record
     why: str
-    replies: list[tuple[Record, Record | None]]
+    replies: list[Reply]
 
 
 def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
     """Trials along the front and the strongest doses of the best layer, with their replies."""
     chosen = _worth_reading(found)
-    replies = replies_of(sweep, list(chosen))
+    specs = {trial: found.trials[trial]["spec"] for trial in chosen}
+    replies = replies_of(sweep, list(specs.values()))
     return [
-        Comparison(found.scored[trial], why, replies[trial])
+        Comparison(found.scored[trial], why, replies[specs[trial]])
         for trial, why in chosen.items()
-        if replies[trial]
+        if replies[specs[trial]]
     ]
 
 
-def replies_of(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, list[tuple[Record, Record | None]]]:
-    """Trial -> its rows of the table `completions`, each with its control's, where there is one."""
-    controls = _controls(sweep, trials)
-    found: dict[int, list[tuple[Record, Record | None]]] = {trial: [] for trial in trials}
-    for row in _replies(sweep, trials):
-        found[row["trial"]].append((row, controls[row["trial"]].get(_place(row))))
+def replies_of(sweep: StoredSweep, specs: Sequence[str]) -> dict[str, list[Reply]]:
+    """Spec -> what is said under it, each reply with what stands beside it."""
+    made = {row["spec"]: row for row in sweep.rows(f"SELECT * FROM specs WHERE spec IN ({_list_of(specs)})")}
+    controls, unsteered = _controls(sweep, specs, made), _unsteered(sweep, made)
+    found: dict[str, list[Reply]] = {spec: [] for spec in specs}
+    for row in _said(sweep, f"spec IN ({_list_of(specs)})"):
+        usual = unsteered.get(row["spec"], {}).get((row["split"], row["prompt"]))
+        found[row["spec"]].append(Reply(row, controls[row["spec"]].get(_place(row)), usual))
     return found
 
 
-def _controls(sweep: StoredSweep, trials: Sequence[int]) -> dict[int, dict[_Place, Record]]:
-    """Trial -> what is said at each place by its control.
+def _said(sweep: StoredSweep, which: str) -> list[Record]:
+    """Rows of the table `completions`, once where several trials share a result."""
+    return sweep.rows(
+        f"SELECT DISTINCT * EXCLUDE (trial) FROM completions WHERE {which} ORDER BY spec, split DESC, item"
+    )
 
-    Where the job names no control of a trial's own, that is the unsteered model, the same for all trials.
+
+def _controls(
+    sweep: StoredSweep, specs: Sequence[str], made: Mapping[str, Record]
+) -> dict[str, dict[_Place, Record]]:
+    """Spec -> what is said at each place by its control.
+
+    Where the job names no control of a spec's own, that is the unsteered model, the same for all specs.
     """
     control = control_of(sweep.identity)
     if not control:
-        return {trial: {} for trial in trials}
+        return {spec: {} for spec in specs}
     if control == UNSTEERED:
-        listed = unsteered_specs(sweep)
-        said = sweep.rows(f"SELECT * FROM completions WHERE spec IN ({listed})")
-        places = {_place(row): row for row in said}
-        return {trial: places for trial in trials}
-    listed = ", ".join(map(str, trials)) or "NULL"
-    rows = sweep.rows(f"SELECT trial, control FROM trials JOIN specs USING (spec) WHERE trial IN ({listed})")
-    named = {row["trial"]: row["control"] for row in rows}
-    return {trial: _said_by(sweep, named.get(trial)) for trial in trials}
+        places = {_place(row): row for row in _said(sweep, f"spec IN ({unsteered_specs(sweep)})")}
+        return {spec: places for spec in specs}
+    named = {spec: row["control"] for spec, row in made.items() if row["control"] is not None}
+    said: dict[str, dict[_Place, Record]] = {}
+    for row in _said(sweep, f"spec IN ({_list_of(named.values())})"):
+        said.setdefault(row["spec"], {})[_place(row)] = row
+    return {spec: said.get(named.get(spec, ""), {}) for spec in specs}
 
 
-def _said_by(sweep: StoredSweep, spec: str | None) -> dict[_Place, Record]:
-    return {_place(row): row for row in sweep.rows(f"SELECT * FROM completions WHERE spec = '{spec}'")}
+def _unsteered(sweep: StoredSweep, made: Mapping[str, Record]) -> dict[str, dict[tuple[str, str], Record]]:
+    """Spec -> by split and prompt the unsteered reply, where its job requires it as such."""
+    required = {spec: json.loads(row["requires"]) for spec, row in made.items()}
+    listed = _list_of(need for needs in required.values() for need in needs)
+    said: dict[str, dict[tuple[str, str], Record]] = {}
+    for row in _said(sweep, f"variant = {quoted(UNSTEERED)} AND spec IN ({listed})"):
+        said.setdefault(row["spec"], {})[row["split"], row["prompt"]] = row
+    return {
+        spec: {place: row for need in needs for place, row in said.get(need, {}).items()}
+        for spec, needs in required.items()
+    }
+
+
+def _list_of(values: Iterable[str]) -> str:
+    """Texts for IN of SQL; none match nothing."""
+    return ", ".join(map(quoted, values)) or "NULL"
 
 
 def _place(reply: Record) -> _Place:
     """What a reply shares with the one beside it."""
     return reply["split"], reply["item"], reply["prompt"]
-
-
-def _replies(sweep: StoredSweep, trials: Sequence[int]) -> list[Record]:
-    listed = ", ".join(map(str, trials)) or "NULL"
-    return sweep.rows(f"SELECT * FROM completions WHERE trial IN ({listed}) ORDER BY trial, split DESC, item")
 
 
 def _worth_reading(found: Findings) -> dict[int, str]:

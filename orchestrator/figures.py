@@ -157,7 +157,9 @@ def _cells(values: np.ndarray, most: int) -> tuple[np.ndarray, list[str]]:
 
 def _spans_decades(values: np.ndarray) -> bool:
     """Whether a logarithmic scale suits them."""
-    return bool(values.min() > 0 and values.max() > 50 * values.min())
+    # Layers and other counts are read off an even scale for longer.
+    factor = 50 if (values == values.round()).all() else 10
+    return bool(values.min() > 0 and values.max() > factor * values.min())
 
 
 def _colours(values: np.ndarray, theme: Theme) -> tuple[Normalize, Colormap]:

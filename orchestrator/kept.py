@@ -1,4 +1,4 @@
-"""Commands over what a sweep has kept: look at it, score it again, take directions out."""
+"""Commands over what a sweep has kept: look at it, ask it, take directions out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from jobs.resolve import load_job
 from orchestrator.printing import (
     FORMATS,
     Json,
+    print_comparison,
     print_doubts,
     print_json,
     print_pareto,
@@ -19,7 +20,6 @@ from orchestrator.printing import (
     print_trial,
     say,
 )
-from orchestrator.shipped import list_scorers
 
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
 
@@ -63,6 +63,39 @@ def show(
         print_json(found)
     else:
         print_trial(found)
+
+
+def compare(
+    folder: Folder,
+    first: Annotated[int, typer.Argument(min=0, help="Number of a trial.")],
+    second: Annotated[int, typer.Argument(min=0, help="Number of another.")],
+    texts: Annotated[int, typer.Option(min=0, help="Most completions of each split.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Two trials side by side: parameters, metrics with the interval of their difference, and texts."""
+    from orchestrator.comparing import compare_trials
+
+    found = compare_trials(folder, first, second, texts=texts)
+    if as_json:
+        print_json(found)
+    else:
+        print_comparison(found)
+
+
+def files(
+    folder: Folder,
+    table: Annotated[str, typer.Argument(help="Name of a table, such as completions.")],
+    as_json: Json = False,
+) -> None:
+    """Print the Parquet files that hold a table now, for readers other than `query`."""
+    from storage.query import open_sweep
+
+    paths = open_sweep(folder).paths(table)
+    if as_json:
+        print_json({"files": paths})
+        return
+    for path in paths:
+        say(path)
 
 
 def logs(
@@ -135,49 +168,6 @@ def query(
         raise SpecError(f"--format {output!r}; it takes one of {sorted(FORMATS)}")
     table = open_sweep(folder).query(sql)
     FORMATS[output](table.column_names, table.to_pylist())
-
-
-def score(
-    folder: Annotated[
-        Path | None, typer.Argument(help="The sweep's folder, as given to `run --out`.", show_default=False)
-    ] = None,
-    scorers: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scorer", help='A scorer, with options as JSON behind it: refusal, contains{"sought": "sun"}.'
-        ),
-    ] = None,
-    is_list: Annotated[bool, typer.Option("--list", help="Name the scorers and their options.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Score stored completions with other scorers, without the model; the table `scores` keeps them."""
-    from orchestrator.rescoring import rescore
-
-    if is_list:
-        list_scorers(as_json=as_json)
-        return
-    if folder is None or not scorers:
-        raise SpecError(
-            "score takes a sweep's folder and one --scorer NAME or more; `steersweep score --list` names them"
-        )
-    found = rescore(folder, scorers)
-    if as_json:
-        print_json(found)
-        return
-    columns = ["trial", "split", "scorer", "mean", "items", "unparsed"]
-    labels = {used["name"]: used["label"] for used in found["scorers"]}
-    print_table(columns, [{**row, "scorer": labels[row["scorer"]]} for row in found["trials"]])
-    for used in found["scorers"]:
-        say(f"{used['label']}: {used['scorer']} version {used['version']} {used['options']}")
-    say(_score_line(found))
-
-
-def _score_line(found: Mapping[str, Any]) -> str:
-    pairs = found["specs"] * len(found["scorers"])
-    if found["added"] == 0:
-        return "nothing to do: all stored completions had these scores already"
-    there = f"; {found['unchanged']} of {pairs} were there already" if found["unchanged"] else ""
-    return f"{found['added']} scores added for {found['specs']} results{there}"
 
 
 def vectors(

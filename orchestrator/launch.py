@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def run_sweep(
     folder = folder.resolve()
     check_free(folder, file, config)
     is_over = _is_over(folder, trials)
-    donors = Donors(() if is_over else reuse)
+    donors = Donors(
+        () if is_over else reuse,
+        say=partial(console.print, "reuse:", markup=False, highlight=False, soft_wrap=True),
+    )
     if not is_over:
         if config.storage is not None:
             open_database(config.storage)  # before the folder is made

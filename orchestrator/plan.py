@@ -28,6 +28,7 @@ def make_plan(
     out: Path,
     seconds: float,
     elsewhere: Callable[[Callable[[], Any]], Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Count what a sweep would compute, time a little of it, and say what all of it would take.
 
@@ -37,6 +38,7 @@ def make_plan(
         out: Where its folder would be.
         seconds: How long to measure, if one trial takes no longer.
         elsewhere: Calls a function on a machine like those of the workers; None calls it here.
+        say: Called with a line on what is about to be run.
 
     Returns:
         trials; packs; prerequisites, job -> number of specs; tokens, as the jobs' `size` counts them;
@@ -55,6 +57,8 @@ def make_plan(
     trials = planned_trials(space, config)
     works, packs = workload(space, config, trials)
     workers = config.workers if elsewhere is None else 1
+    first = [job for job, work in works.items() if work.first]
+    say(f"measuring one trial{', and before it ' if first else ''}{', '.join(first)}")
     act = partial(measure_if_it_fits, Planner(space, config), packs, config, models, seconds, workers=workers)
     weights, measured = act() if elsewhere is None else elsewhere(act)
     return _plan(config, trials, works, weights, measured, _free_disk(out))

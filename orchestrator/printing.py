@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.spec import UNSTEERED
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -99,10 +101,12 @@ def print_trial(found: Mapping[str, Any]) -> None:
         value = "not defined" if metric["value"] is None else _cell(metric["value"])
         say(f"  {metric['name']} ({metric['split']}): {value}{interval} {metric['unit']}".rstrip())
     for each in found["texts"]:
-        say(f"{each['split']}, item {each['item']}: {_one_line(each['prompt'])}")
+        variant = f", {each['variant']}" if each["variant"] else ""
+        say(f"{each['split']}, item {each['item']}{variant}: {_one_line(each['prompt'])}")
         say(f"  > {_one_line(each['text'])}")
-        if each["control"] is not None:
-            say(f"  {found['control']} > {_one_line(each['control'])}")
+        for beside, text in ((found["control"], each["control"]), (UNSTEERED, each["unsteered"])):
+            if text is not None:
+                say(f"  {beside} > {_one_line(text)}")
     for place, spec in enumerate(found["made_of"]):
         where = "" if spec["artifact"] is None else f", {spec['artifact']['path']}"
         say(f"{'made of' if place else 'spec'} {spec['spec']}: {spec['job']}, seed {spec['seed']}{where}")
@@ -110,6 +114,36 @@ def print_trial(found: Mapping[str, Any]) -> None:
     if found["made_of"]:
         model = found["made_of"][0]["model"]
         say("model " + ", ".join(f"{name} {value}" for name, value in model.items() if value))
+
+
+def print_comparison(found: Mapping[str, Any]) -> None:
+    """Two trials side by side."""
+    first, second = (f"trial {trial}" for trial in found["trials"])
+    say(f"{first}: {found['states'][0]}; {second}: {found['states'][1]}")
+    rows = [
+        {"what": each["name"], first: each["values"][0], second: each["values"][1]}
+        for each in found["params"]
+    ]
+    rows += [
+        {
+            "what": f"{each['name']} ({each['split']})",
+            **{name: value for name, value in zip((first, second), each["values"], strict=True)},
+            "difference": _with_interval(
+                each["difference"], None if each["low"] is None else (each["low"], each["high"])
+            ),
+            "unit": each["unit"],
+        }
+        for each in found["metrics"]
+    ]
+    columns = ["what", first, second, "difference", "unit"]
+    print_table(columns, [{column: row.get(column) for column in columns} for row in rows])
+    same = ", ".join(f"{name} = {_cell(value)}" for name, value in found["same"].items())
+    say(f"the same in both: {same or 'no parameter'}")
+    for each in found["texts"]:
+        variant = f", {each['variant']}" if each["variant"] else ""
+        say(f"{each['split']}, item {each['item']}{variant}: {_one_line(each['prompt'])}")
+        for name, text in zip((first, second), each["texts"], strict=True):
+            say(f"  {name} > {_one_line(text)}")
 
 
 def _one_line(text: str) -> str:
@@ -134,12 +168,16 @@ def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
 
 
 _MOST_ROWS = 1000
+_MOST_ENTRIES = 4
+"""Of a vector, in a table."""
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         # Times are seconds since 1970.
         return f"{value:.1f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+    if isinstance(value, list) and len(value) > _MOST_ENTRIES:
+        return f"{', '.join(map(_cell, value[:_MOST_ENTRIES]))}, ... ({len(value)} in all)"
     return "" if value is None else str(value)
 
 

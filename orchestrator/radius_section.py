@@ -1,15 +1,16 @@
 """The report's part on norms of learned vectors: what a set says at each, and which is best."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jobs.errors import SpecError
 from jobs.resolve import parse_use
 from orchestrator.canvas import Paint
+from orchestrator.comparisons import Reply, replies_of
 from orchestrator.findings import Findings, Record
-from orchestrator.lineage import stored_specs
+from orchestrator.lineage import lineage
 from orchestrator.radius_figures import Line, radius_figure
 from storage.query import StoredSweep
 
@@ -27,6 +28,8 @@ class Scan(NamedTuple):
         unit: What a norm of 1 is.
         image: Name of the figure.
         figure: Its alternative text and how to draw it.
+        is_at_edge: Whether the cusp is the largest of the norms, so that it may lie beyond.
+        replies: What the set says at the best norm.
     """
 
     trial: Record
@@ -34,19 +37,21 @@ class Scan(NamedTuple):
     unit: str
     image: str
     figure: tuple[str, Paint]
+    is_at_edge: bool
+    replies: Sequence[Reply]
 
 
 def read_scans(sweep: StoredSweep, found: Findings) -> list[Scan]:
     """The first completed scans of a sweep of `jobs.radius_scan`; none of any other sweep."""
     if found.identity["job"] != _JOB:
         return []
-    specs = stored_specs(sweep)
     shown = [*found.scored.values()][:MOST_SHOWN]
-    known = [(trial, specs.get(found.trials[trial["trial"]]["spec"])) for trial in shown]
-    return [_scan(sweep, trial, spec.params) for trial, spec in known if spec is not None]
+    made = [lineage(sweep, found.trials[trial["trial"]]["spec"]) for trial in shown]
+    return [_scan(sweep, trial, of_trial) for trial, of_trial in zip(shown, made, strict=True) if of_trial]
 
 
-def _scan(sweep: StoredSweep, trial: Record, params: Mapping[str, Any]) -> Scan:
+def _scan(sweep: StoredSweep, trial: Record, made: Sequence[Record]) -> Scan:
+    params = made[0]["params"]
     number, radii = trial["trial"], np.array(params["radii"])
     rows = sweep.rows(f"SELECT split, item, name, value FROM items WHERE trial = {number}")
     curves: dict[tuple[str, str], np.ndarray] = {}
@@ -76,7 +81,16 @@ def _scan(sweep: StoredSweep, trial: Record, params: Mapping[str, Any]) -> Scan:
         unit,
         f"radii-{number}",
         (alt, lambda theme: radius_figure(radii, panels, best, cusp, unit, theme)),
+        cusp == radii[-1],
+        _replies(sweep, made, best[0]),
     )
+
+
+def _replies(sweep: StoredSweep, made: Sequence[Record], radius: float) -> list[Reply]:
+    """What a scan's set says at one of its norms."""
+    sets = [row for row in made if row["params"].get("radius") == radius]
+    learned = [row["spec"] for row in sets if row["params"]["optimiser"] != "none"]
+    return replies_of(sweep, learned[:1])[learned[0]] if learned else []
 
 
 def _unit(learned: str) -> str:

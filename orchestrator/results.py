@@ -169,7 +169,7 @@ class Results:
 
     def take_over(self, spec: Spec, donors: Donors) -> bool:
         """Take a prerequisite's artifact from another sweep. Returns whether one has it."""
-        found = donors.give(spec.id, self._store.folder)
+        found = donors.give(spec, self._store.folder)
         if found is None:
             return False
         made = {"spec": spec.id, "job": found.job}

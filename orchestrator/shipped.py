@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.errors import SpecError
 from orchestrator.printing import Json, print_json, print_table, say
 
 
@@ -46,6 +47,28 @@ def _packing_line(pack_by: Sequence[str] | None) -> str:
     if pack_by is None:
         return "trials do not pack: each is computed by itself"
     return f"trials pack: those that share {', '.join(pack_by) or 'nothing in particular'} run together"
+
+
+def schema(
+    table: Annotated[str | None, typer.Argument(help="A table; all are printed without.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the tables that a sweep keeps: every column with its type, unit and meaning."""
+    from storage.schema import SCHEMA_VERSION, TABLES
+
+    if table is not None and table not in TABLES:
+        raise SpecError(f"no table {table!r}; there are {', '.join(TABLES)}")
+    chosen = {name: columns for name, columns in TABLES.items() if table in (None, name)}
+    if as_json:
+        tables = {name: [column._asdict() for column in columns] for name, columns in chosen.items()}
+        print_json({"version": SCHEMA_VERSION, "tables": tables})
+        return
+    say(f"version {SCHEMA_VERSION}")
+    for name, columns in chosen.items():
+        print_table(
+            [name, "type", "unit", "meaning"],
+            [{**column._asdict(), name: column.name, "type": column.kind} for column in columns],
+        )
 
 
 def list_scorers(*, as_json: bool) -> None:

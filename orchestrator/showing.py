@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import SpecError
-from orchestrator.comparisons import replies_of
+from orchestrator.comparisons import Reply, replies_of
 from orchestrator.findings import Record, control_of
 from orchestrator.lineage import lineage
 from storage.pareto import pareto
@@ -24,33 +23,29 @@ def describe_trial(folder: Path, trial: int, *, texts: int) -> dict[str, Any]:
     Returns:
         trial, state, reason, reused_from, params; is_on_front; metrics, one for each split, with its unit,
         value and the ends of its interval (None where there is none); control, what texts are compared with;
-        texts, each with its control's; made_of, the trial's spec and all that it took, nearest first;
-        provenance, of code, packages and machine.
+        texts, each with its control's and the unsteered model's; made_of, the trial's spec and all that it
+        took, nearest first; provenance, of code, packages and machine.
 
     Raises:
         SpecError: If the folder holds no sweep, or the sweep has no such trial.
     """
     sweep = open_sweep(folder)
-    rows = sweep.rows(f"SELECT * FROM trials WHERE trial = {trial:d}")
-    if not rows:
-        last = sweep.rows("SELECT max(trial) AS last FROM trials")[0]["last"]
-        there = "none yet" if last is None else f"trials 0 to {last}"
-        raise SpecError(f"there is no trial {trial}; {folder} has {there}")
-    [row] = rows
+    sweep.check_trial(trial)
+    [row] = sweep.rows(f"SELECT * FROM trials WHERE trial = {trial:d}")
     own = row["trial"] if row["reused_from"] is None else row["reused_from"]
     return {
         **{name: row[name] for name in ("trial", "state", "reason", "reused_from")},
         "params": {name: row[name] for name in sweep.identity["parameters"]},
         "is_on_front": own in {point["trial"] for point in pareto(sweep)},
-        "metrics": _metrics(sweep, trial),
+        "metrics": trial_metrics(sweep, trial),
         "control": control_of(sweep.identity),
-        "texts": _first_of_each_split(replies_of(sweep, [trial])[trial], texts),
+        "texts": _first_of_each_split(replies_of(sweep, [row["spec"]])[row["spec"]], texts),
         "made_of": lineage(sweep, row["spec"]),
         "provenance": sweep.identity.get("provenance", {}),
     }
 
 
-def _metrics(sweep: StoredSweep, trial: int) -> list[dict[str, Any]]:
+def trial_metrics(sweep: StoredSweep, trial: int) -> list[dict[str, Any]]:
     """Metrics of a trial by name and split, with the ends of their intervals, objectives first."""
     rows = sweep.rows(f"SELECT split, name, value FROM metrics WHERE trial = {trial:d}")
     values = {(row["split"], row["name"]): row["value"] for row in rows}
@@ -75,12 +70,16 @@ _SPLITS = ("select", "report", "extract")
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
-def _first_of_each_split(replies: Sequence[tuple[Record, Record | None]], most: int) -> list[dict[str, Any]]:
+def _first_of_each_split(replies: Sequence[Reply], most: int) -> list[dict[str, Any]]:
     shown: Counter[str] = Counter()
     found = []
-    for reply, control in replies:
-        if shown[reply["split"]] < most:
-            shown[reply["split"]] += 1
-            said = {"text": reply["text"], "control": None if control is None else control["text"]}
-            found.append({"split": reply["split"], "item": reply["item"], "prompt": reply["prompt"], **said})
+    for own, control, unsteered in replies:
+        if shown[own["split"]] < most:
+            shown[own["split"]] += 1
+            head = {name: own[name] for name in ("split", "item", "variant", "prompt", "text")}
+            found.append({**head, "control": _text(control), "unsteered": _text(unsteered)})
     return found
+
+
+def _text(reply: Record | None) -> str | None:
+    return None if reply is None else reply["text"]

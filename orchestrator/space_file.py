@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 from jobs import catalog
 from jobs.errors import SpecError
-from jobs.resolve import is_own_data, load_job, locate_data, make_params
-from jobs.spec import ModelRef
+from jobs.resolve import is_own_data, load_job, locate_data, make_params, parse_use, prerequisites
+from jobs.spec import ModelRef, Requirement
 from orchestrator.models import job_values
 from search_spaces.base import Constraint, Domain, Float, Grid, Objective, Space
 from storage.schema import TABLES
 
+_USES = ("learned", "tuned")
+"""Parameters that name another job with its own parameters behind it."""
 _SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
 
 
@@ -95,9 +97,8 @@ def with_fixed(space: Space, values: Mapping[str, str], directory: Path) -> Spac
         if name in space.parameters:
             raise SpecError(f"--set space.{name}: the space varies it; edit the space file instead")
     parsed = {name: value if hints[name] is str else _parse(value) for name, value in values.items()}
-    data = load_job(space.job).DATA
-    located = {name: _located(parsed[name], (directory,)) for name in parsed if name in data}
-    return dataclasses.replace(space, fixed={**space.fixed, **parsed, **located})
+    located = {name: _located_in(space.job, name, value, (directory,)) for name, value in parsed.items()}
+    return dataclasses.replace(space, fixed={**space.fixed, **located})
 
 
 def with_absolute_data(space: Space, folders: Sequence[Path]) -> Space:
@@ -110,19 +111,40 @@ def with_absolute_data(space: Space, folders: Sequence[Path]) -> Space:
     Raises:
         SpecError: If there is no such dataset; the folders are named.
     """
-    data = load_job(space.job).DATA
-    fixed = {name: _located(value, folders) if name in data else value for name, value in space.fixed.items()}
+    fixed = {name: _located_in(space.job, name, value, folders) for name, value in space.fixed.items()}
     grids = {
-        name: Grid([_located(value, folders) for value in values])
+        name: Grid([_located_in(space.job, name, value, folders) for value in values])
         for name, values in data_grids(space).items()
     }
     return dataclasses.replace(space, fixed=fixed, parameters={**space.parameters, **grids})
 
 
 def data_grids(space: Space) -> dict[str, list[Any]]:
-    """Parameter that names a dataset and is varied -> its values."""
-    varied = {name: space.parameters.get(name) for name in load_job(space.job).DATA}
+    """Parameter that names a dataset, or a job that reads one, and is varied -> its values."""
+    varied = {name: space.parameters.get(name) for name in (*load_job(space.job).DATA, *_USES)}
     return {name: list(domain.values) for name, domain in varied.items() if isinstance(domain, Grid)}
+
+
+def _located_in(job: str, name: str, value: Any, folders: Sequence[Path]) -> Any:
+    """A job's parameter, with the datasets that it names at their places."""
+    if name in load_job(job).DATA:
+        return _located(value, folders)
+    return located_use(value, folders) if name in _USES and isinstance(value, str) else value
+
+
+def located_use(use: str, folders: Sequence[Path]) -> str:
+    """A job with its parameters behind it, such as `jobs.melbo{"prompts": "mine.jsonl"}`, its datasets found.
+
+    Raises:
+        SpecError: If it is no job with its parameters, or there is no such dataset.
+    """
+    name, brace, rest = use.partition("{")
+    if not brace:
+        return use
+    job = parse_use(use).job
+    values = json.loads(brace + rest)
+    found = {key: _located_in(job, key, value, folders) for key, value in values.items()}
+    return use if found == values else f"{name}{json.dumps(found, ensure_ascii=False)}"
 
 
 def _located(value: Any, folders: Sequence[Path]) -> Any:
@@ -161,22 +183,27 @@ def check_space(space: Space, model: ModelRef) -> None:
     for use in used:
         if use.metric not in job.METRICS:
             nearest = difflib.get_close_matches(use.metric, job.METRICS, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise SpecError(
-                f"{type(use).__name__.lower()} {use.metric!r} is no metric of {space.job}; "
-                f"it has {sorted(job.METRICS)}{hint}"
+                f"{type(use).__name__.lower()} {use.metric!r} is no metric of {space.job}{hint}; "
+                f"it has {sorted(job.METRICS)}"
             )
     usual = job_values(
         {**space.fixed, **{name: _extremes(domain)[0] for name, domain in space.parameters.items()}}
     )
+    shape = catalog.stated_shape(model)
+    fits: set[str] = set()
     for name, domain in space.parameters.items():
         for value in _extremes(domain):
-            make_params(space.job, {**usual, **job_values({name: value})})
+            _check_fits(_use(space, {**usual, **job_values({name: value})}), model, shape, fits)
     for stage in space.stages:
-        make_params(space.job, {**usual, **stage.overrides})
+        _check_fits(_use(space, {**usual, **stage.overrides}), model, shape, fits)
     for values in _combinations(space, job.DATA):
         job.check(make_params(space.job, {**usual, **values}))
-    _check_layers(space, model)
+
+
+def _use(space: Space, values: Mapping[str, Any]) -> Requirement:
+    return Requirement(job=space.job, params=make_params(space.job, values))
 
 
 def _combinations(space: Space, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -191,16 +218,40 @@ def _extremes(domain: Domain) -> list[Any]:
     return [float(domain.low), float(domain.high)] if isinstance(domain, Float) else [domain.low, domain.high]
 
 
-def _check_layers(space: Space, model: ModelRef) -> None:
-    layers = catalog.count_layers(model)
-    for name in load_job(space.job).LAYERS:
-        values = _extremes(space.parameters[name]) if name in space.parameters else [space.fixed.get(name)]
-        named = [
-            each for value in values for each in (value if isinstance(value, (tuple, list)) else [value])
-        ]
-        for value in named:
-            if layers is not None and isinstance(value, int) and not 0 <= value < layers:
-                raise SpecError(f"{name}={value}: the model {model.id} has the layers 0 to {layers - 1}")
+def _check_fits(
+    use: Requirement, model: ModelRef, shape: catalog.Shape, fits: set[str], within: str = ""
+) -> None:
+    """Layers and directions of a job, and of all that it requires, against the model's size.
+
+    Args:
+        use: The job with its parameters.
+        model: What it runs on.
+        shape: Its size.
+        fits: Keys of what is known to fit; is added to.
+        within: Words for the message: whose requirement it is.
+
+    Raises:
+        SpecError: If there is no such layer, or there are not so many directions.
+    """
+    if use.key in fits:
+        return
+    fits.add(use.key)
+    job = load_job(use.job)
+    for name in job.LAYERS:
+        value = getattr(use.params, name)
+        for layer in value if isinstance(value, tuple) else [value]:
+            if shape.layers is not None and isinstance(layer, int) and not 0 <= layer < shape.layers:
+                raise SpecError(
+                    f"{name}={layer}{within}: the model {model.id} has the layers 0 to {shape.layers - 1}"
+                )
+    needed = getattr(job, "orthogonal", lambda params: 0)(use.params)
+    if shape.hidden is not None and needed > shape.hidden:
+        raise SpecError(
+            f"{needed} directions at right angles{within}: the residual stream of the model {model.id} has "
+            f"{shape.hidden}; ask for that many at most"
+        )
+    for need, _ in prerequisites(use, model):
+        _check_fits(need, model, shape, fits, f" in {need.job}, which {use.job} requires")
 
 
 def grid_size(space: Space) -> int:

@@ -1,9 +1,11 @@
 """Artifacts that other sweeps have stored, for one that needs the same work."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jobs.spec import Spec
 from storage.artifacts import Artifact, artifact_bytes
 from storage.durable import StoreError, publish
 from storage.query import open_sweep
@@ -24,23 +26,31 @@ class Donors:
 
     Args:
         folders: Those of the sweeps; the first that has an artifact whole gives it.
+        say: Called with a line about each job that an artifact was asked of in vain: what is other there.
 
     Raises:
         SpecError: If a folder holds no sweep.
         StoreError: If its tables are not what was written.
     """
 
-    def __init__(self, folders: Iterable[Path]) -> None:
+    def __init__(self, folders: Iterable[Path], say: Callable[[str], None] = lambda line: None) -> None:
         self._donated: dict[str, list[Donated]] = {}
+        self._specs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self._say: Callable[[str], None] = say
+        self._said_of: set[str] = set()
         for folder in folders:
             name = open_sweep(folder).identity["sweep"]
             # The latest of a spec, if one was lost.
-            rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}
+            store = Store(folder)
+            rows = {row["spec"]: row for row in store.rows("artifacts")}
+            for made in store.rows("specs"):
+                if made["spec"] in rows:
+                    self._specs.setdefault(made["job"], []).append((name, _told(made)))
             for spec, row in rows.items():
                 artifact = Artifact(row["hash"], row["path"], row["bytes"])
                 self._donated.setdefault(spec, []).append(Donated(name, row["job"], folder, artifact))
 
-    def give(self, spec: str, folder: Path) -> Donated | None:
+    def give(self, spec: Spec, folder: Path) -> Donated | None:
         """Copy a spec's artifact into a sweep's folder.
 
         Args:
@@ -50,11 +60,55 @@ class Donors:
         Returns:
             What was copied; None if no sweep has it whole.
         """
-        for found in self._donated.get(spec, ()):
+        for found in self._donated.get(spec.id, ()):
             try:
                 content = artifact_bytes(found.folder, found.artifact)
             except (StoreError, OSError):
                 continue
             publish(folder / found.artifact.path, content)
             return found
+        if spec.job not in self._said_of and (why := self._why_not(spec)):
+            self._said_of.add(spec.job)
+            self._say(why)
         return None
+
+    def _why_not(self, spec: Spec) -> str | None:
+        """What the nearest result of the same job has other; None without such a result."""
+        if found := self._donated.get(spec.id):
+            return f"{found[0].sweep} has lost a result of {spec.job}, which is computed again"
+        wanted = _flat(spec.to_json())
+        others = [
+            (
+                sweep,
+                {name: (value, wanted.get(name)) for name, value in has.items() if value != wanted.get(name)},
+            )
+            for sweep, has in self._specs.get(spec.job, ())
+        ]
+        if not others:
+            return None
+        sweep, other = min(others, key=lambda each: len(each[1]))
+        told = [f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in other.items()]
+        more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+        return (
+            f"nothing of {spec.job} is taken from {sweep}: the nearest of its results differs in "
+            f"{', '.join(told[:_MOST_TOLD])}{more}"
+        )
+
+
+_MOST_TOLD = 3
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a result, of a row of the table `specs`."""
+    read = {name: json.loads(row[name]) for name in ("params", "model", "data")}
+    return _flat({"job": row["job"], "code": row["code"], "seed": row["seed"], **read})
+
+
+def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, those of its parts among them."""
+    parts = {
+        (key if name == "params" else f"{name} {key}"): value
+        for name in ("params", "model", "data")
+        for key, value in spec[name].items()
+    }
+    return {**{name: spec[name] for name in ("job", "code", "seed")}, **parts}

@@ -29,13 +29,23 @@ ROW_GROUP_BYTES = 16 * 2**20
 
 
 class TableFile(NamedTuple):
-    """A file of one table, as the manifest lists it."""
+    """A file of one table, as the manifest lists it.
+
+    Attributes:
+        table: Name in `TABLES`.
+        path: Relative to the sweep's folder.
+        rows: Number of rows.
+        bytes: Size.
+        sha256: Of its content.
+        schema: Version of the schema that it has; the manifest notes it since version 6.
+    """
 
     table: str
     path: str
     rows: int
     bytes: int
     sha256: str
+    schema: int = 5
 
 
 def warm_up() -> None:
@@ -73,9 +83,8 @@ def write_table(folder: Path, table: str, rows: Sequence[Mapping[str, Any]]) -> 
     content = sink.getvalue().to_pybytes()
     path = _new_path(folder, table)
     publish(path, content)
-    return TableFile(
-        table, str(path.relative_to(folder)), len(rows), len(content), hashlib.sha256(content).hexdigest()
-    )
+    digest = hashlib.sha256(content).hexdigest()
+    return TableFile(table, str(path.relative_to(folder)), len(rows), len(content), digest, SCHEMA_VERSION)
 
 
 def _new_path(folder: Path, table: str) -> Path:
@@ -161,7 +170,8 @@ class TableStream:
             digest = hashlib.file_digest(self._file, "sha256").hexdigest()
             self._file.close()
             self._staging.replace(self._path)
-        return TableFile(self._table, str(self._path.relative_to(self._folder)), self.rows, size, digest)
+        path = str(self._path.relative_to(self._folder))
+        return TableFile(self._table, path, self.rows, size, digest, SCHEMA_VERSION)
 
     def abandon(self) -> None:
         """Leave nothing behind; after `finish` it does nothing."""

@@ -1,18 +1,23 @@
 """SQL over a sweep's visible tables. The only importer of duckdb."""
 
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from jobs.errors import SpecError
 from storage.durable import StoreError
+from storage.front import front
 from storage.ledger import read_open
 from storage.lock import driver
-from storage.schema import RESULT_TABLES, STATES, TABLES, Column
+from storage.parquet import TableFile
+from storage.schema import RESULT_TABLES, SCHEMA_VERSION, STATES, TABLES
 from storage.scores import scores_of
 from storage.store import Store
 from storage.views import identifier, quoted, views
@@ -24,6 +29,7 @@ _SQL_TYPES = {
     "real": "DOUBLE",
     "real32[]": "FLOAT[]",
 }
+_BEST_FIRST = {"minimize": "ASC", "maximize": "DESC"}
 
 
 class StoredSweep:
@@ -45,8 +51,10 @@ class StoredSweep:
         `activations` and `artifacts`. All results have a column `trial`, null for what belongs to no trial,
         such as the unsteered baseline; `trials` has a column for each parameter. `points` has a row for each
         completed trial: what it reached in each objective on the split that trials are chosen on
-        (`chosen_on`), and on the split report under the objective's name with `_report` behind it. Where
-        trials have a layer and a dose, `best_per_layer` and `dose_response` say what their names do.
+        (`chosen_on`), and on the split report under the objective's name with `_report` behind it; `pareto`
+        has those that no other dominates, with their parameters. Where trials have a layer and a dose,
+        `best_per_layer` and `dose_response` say what their names do, and `anti_steered` has the items that
+        move against the rest. `per_vector` sums up what is said under each vector of a trial.
 
         Raises:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
@@ -59,6 +67,8 @@ class StoredSweep:
                     f"the tables of {self.folder} cannot be read: {str(error).splitlines()[0]}"
                 ) from error
             try:
+                if self.identity["objectives"] and re.search(r"\bpareto\b", sql, re.IGNORECASE):
+                    self._define_pareto(connection)
                 statements = connection.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise SpecError("query takes one SELECT statement; the tables cannot be changed")
@@ -67,13 +77,76 @@ class StoredSweep:
                 connection.sql(f"SELECT * FROM (\n{sql}\n)")
                 table: pa.Table = connection.sql(sql).to_arrow_table()
             except duckdb.Error as error:
-                raise SpecError(f"query: {str(error).splitlines()[0]}") from error
+                raise SpecError(f"query: {_why(error)}") from error
             return table
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """The answer to one SELECT statement as dictionaries."""
         rows: list[dict[str, Any]] = self.query(sql).to_pylist()
         return rows
+
+    def trials(self) -> pa.Table:
+        """Every trial, with a column for each parameter."""
+        return self.query("SELECT * FROM trials")
+
+    def metrics(self, trial: int) -> pa.Table:
+        """The metrics of a trial on each split. Raises SpecError if there is no such trial."""
+        return self._of("metrics", trial, "split DESC, name")
+
+    def items(self, trial: int) -> pa.Table:
+        """The scores of a trial's prompts, one by one. Raises SpecError if there is no such trial."""
+        return self._of("items", trial, "split DESC, name, item")
+
+    def completions(self, trial: int) -> pa.Table:
+        """What is said in a trial. Raises SpecError if there is no such trial."""
+        return self._of("completions", trial, "split DESC, item")
+
+    def vectors(self, trial: int) -> pa.Table:
+        """The vectors of a trial. Raises SpecError if there is no such trial."""
+        return self._of("vectors", trial, "layer, name")
+
+    def pareto(self) -> pa.Table:
+        """The trials that no other dominates, with parameters and objectives, best first objective first.
+
+        `storage.uncertainty.doubted_front` says how sure that is.
+        """
+        return self.query("SELECT * FROM pareto")
+
+    def dose_response(self) -> pa.Table:
+        """Means of every metric over the trials of each layer and dose."""
+        return self.query("SELECT * FROM dose_response")
+
+    def _of(self, table: str, trial: int, order: str) -> pa.Table:
+        self.check_trial(trial)
+        return self.query(f"SELECT * FROM {table} WHERE trial = {trial:d} ORDER BY {order}")
+
+    def paths(self, table: str) -> list[str]:
+        """The Parquet files that hold a table now, such as any reader takes; a later commit adds others.
+
+        Those that are put together with others later stay for ten minutes.
+
+        Raises:
+            SpecError: If there is no such table.
+            StoreError: If the manifest is not what was written.
+        """
+        if table not in TABLES:
+            raise SpecError(f"no table {table!r}; there are {', '.join(TABLES)}")
+        listed = (file for store in self._stores() for file in store.files(table))
+        return [str((self.folder / file.path).resolve()) for file in listed]
+
+    def _stores(self) -> tuple[Store, Store]:
+        """What the driver has written, and what was scored; the former is read later and lacks nothing."""
+        added = scores_of(self.folder)
+        return Store(self.folder), added
+
+    def check_trial(self, trial: int) -> None:
+        """Raises SpecError if there is no such trial; those that there are are named."""
+        [found] = self.rows(
+            f"SELECT count(*) FILTER (trial = {trial:d}) AS times, max(trial) AS last FROM trials"
+        )
+        if not found["times"]:
+            there = "none yet" if found["last"] is None else f"trials 0 to {found['last']}"
+            raise SpecError(f"there is no trial {trial}; {self.folder} has {there}")
 
     def counts(self) -> dict[str, int]:
         """State -> number of trials in it, for all five states."""
@@ -82,22 +155,14 @@ class StoredSweep:
         return {state: found.get(state, 0) for state in STATES}
 
     def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
-        added = scores_of(self.folder)
-        store = Store(self.folder)  # read later: what was scored is there
-        paths = {
-            table: [
-                str((self.folder / file.path).resolve())
-                for each in (store, added)
-                for file in each.files(table)
-            ]
-            for table in TABLES
-        }
-        listed = ", ".join(quoted(path) for table in TABLES for path in paths[table])
-        connection.execute(f"SET allowed_paths = [{listed}]")
+        store, added = self._stores()
+        files = {table: [*store.files(table), *added.files(table)] for table in TABLES}
+        every = self._listed(file for of_table in files.values() for file in of_table)
+        connection.execute(f"SET allowed_paths = {every}")
         connection.execute("SET enable_external_access = false")
         connection.execute("CREATE SCHEMA stored")
-        for table, columns in TABLES.items():
-            _define_stored(connection, table, columns, paths[table])
+        for table in TABLES:
+            self._define_stored(connection, table, files[table])
         self._define_trials(connection, store)
         connection.execute("CREATE VIEW attempts AS SELECT * FROM stored.attempts ORDER BY started, attempt")
         # What has failed and was tried again is there twice.
@@ -111,6 +176,46 @@ class StoredSweep:
         for view, select in views(self.identity).items():
             connection.execute(f"CREATE VIEW {view} AS {select}")
         connection.execute("SET lock_configuration = true")
+
+    def _define_pareto(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """The front is computed where a question names it: SQL would compare all points with all."""
+        objectives = self.identity["objectives"]
+        columns = ", ".join(identifier(each["metric"]) for each in objectives)
+        found = connection.sql(f"SELECT trial, {columns} FROM points").to_arrow_table().drop_null()
+        values = np.column_stack([found[each["metric"]].to_numpy() for each in objectives]).astype(float)
+        kept = found["trial"].to_numpy()[front(values, [each["direction"] for each in objectives])]
+        connection.execute("CREATE TABLE stored.front (trial BIGINT)")
+        connection.executemany("INSERT INTO stored.front VALUES (?)", [[trial] for trial in kept.tolist()])
+        order = f"{identifier(objectives[0]['metric'])} {_BEST_FIRST[objectives[0]['direction']]}"
+        params = "".join(f"{identifier(name)}, " for name in self.identity["parameters"])
+        connection.execute(
+            f"CREATE VIEW pareto AS SELECT trial, {params}"
+            f"points.* EXCLUDE (trial) FROM points SEMI JOIN stored.front USING (trial) "
+            f"JOIN trials USING (trial) ORDER BY {order}, trial"
+        )
+
+    def _listed(self, files: Iterable[TableFile]) -> str:
+        """Paths of files as a list in SQL."""
+        return f"[{', '.join(quoted(str((self.folder / file.path).resolve())) for file in files)}]"
+
+    def _define_stored(
+        self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[TableFile]
+    ) -> None:
+        if not files:
+            typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES[table])
+            connection.execute(f"CREATE TABLE stored.{table} ({typed})")
+            return
+        selected, source = "*", f"read_parquet({self._listed(files)})"
+        if any(file.schema < SCHEMA_VERSION for file in files):
+            source = f"read_parquet({self._listed(files)}, union_by_name = true)"
+            there = {name for name, *_ in connection.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
+            selected = ", ".join(
+                identifier(column.name)
+                if column.name in there
+                else f"CAST(NULL AS {_SQL_TYPES[column.kind]}) AS {identifier(column.name)}"
+                for column in TABLES[table]
+            )
+        connection.execute(f"CREATE VIEW stored.{table} AS SELECT {selected} FROM {source}")
 
     def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
         connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
@@ -156,15 +261,10 @@ class StoredSweep:
         )
 
 
-def _define_stored(
-    connection: duckdb.DuckDBPyConnection, table: str, columns: tuple[Column, ...], paths: list[str]
-) -> None:
-    if paths:
-        listed = ", ".join(quoted(path) for path in paths)
-        connection.execute(f"CREATE VIEW stored.{table} AS SELECT * FROM read_parquet([{listed}])")
-    else:
-        typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in columns)
-        connection.execute(f"CREATE TABLE stored.{table} ({typed})")
+def _why(error: duckdb.Error) -> str:
+    """All that DuckDB says, on one line, without the picture of the statement."""
+    said = itertools.takewhile(lambda line: not line.startswith("LINE "), str(error).splitlines())
+    return " ".join(" ".join(said).split())
 
 
 def _json_field(column: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 STATES = ("waiting", "running", "completed", "infeasible", "failed")
 """What a trial can be; the last three are ends."""
 
@@ -94,6 +94,9 @@ TABLES: dict[str, tuple[Column, ...]] = {
         _SPEC,
         _SPLIT,
         Column("item", "integer", "", "number of the prompt"),
+        Column(
+            "variant", "text", "", "which of several things it was changed by, such as vector 3, or unsteered"
+        ),
         Column("prompt", "text", "", "what the model was asked"),
         Column("text", "text", "", "what it replied, special tokens left out"),
         Column("tokens", "integer", "tokens", "length of the reply"),

@@ -23,7 +23,42 @@ def views(identity: Mapping[str, Any]) -> dict[str, str]:
         found["best_per_layer"] = _best_per_layer(layer, **objectives[0])
     if dose:
         found["dose_response"] = _dose_response([name for name in (layer, dose) if name])
+        found["anti_steered"] = _anti_steered([name for name in parameters if name != dose], dose)
+    found["per_vector"] = _per_vector()
     return found
+
+
+def _anti_steered(others: Sequence[str], dose: str) -> str:
+    """Items whose score goes against the rest: its slope over the dose has the other sign than their mean's.
+
+    Source: Tan et al. 2024, "Analyzing the generalization and reliability of steering vectors", who call the
+    share of such items the anti-steerable fraction.
+    """
+    groups = "".join(f"{identifier(name)}, " for name in others)
+    return f"""
+        WITH slopes AS (
+            SELECT {groups}split, name, item, any_value(prompt) AS prompt,
+                regr_slope(value, {identifier(dose)}) AS slope, count(value) AS trials
+            FROM items JOIN (
+                SELECT trial, {groups}{identifier(dose)} FROM trials
+                WHERE state = 'completed' AND reused_from IS NULL
+            ) USING (trial)
+            WHERE value IS NOT NULL GROUP BY {groups}split, name, item
+        ), means AS (
+            SELECT *, avg(slope) OVER same AS mean_slope, count(slope) OVER same AS items
+            FROM slopes WINDOW same AS (PARTITION BY {groups}split, name)
+        )
+        SELECT * FROM means WHERE slope * mean_slope < 0 ORDER BY {groups}split, name, item"""
+
+
+def _per_vector() -> str:
+    """What is said under each vector of each trial: how much, how fluent, how much of it different."""
+    return (
+        "SELECT trial, variant, count(*) AS completions, avg(nll) AS nll, avg(repetition) AS repetition, "
+        "avg(tokens) AS tokens, count(DISTINCT text) AS distinct_texts FROM completions "
+        "WHERE trial IS NOT NULL AND variant IS NOT NULL GROUP BY trial, variant "
+        "ORDER BY trial, length(variant), variant"
+    )
 
 
 def _points(metrics: Sequence[str]) -> str:

@@ -69,6 +69,7 @@ def drive(
     is_asked_to_stop: Callable[[], bool] = lambda: False,
     pool: InlinePool | None = None,
     reuse: Sequence[Path] = (),
+    say: Callable[[str], None] = lambda line: None,
     **pool_options: Any,
 ) -> Driven:
     """What `run_sweep` does, without Ray, mirror and report."""
@@ -81,7 +82,7 @@ def drive(
         trials=trials,
         sampler=open_sampler(folder, space, sampler),
         pool=pool,
-        donors=Donors(reuse),
+        donors=Donors(reuse, say),
         progress=SilentProgress(),
         is_asked_to_stop=is_asked_to_stop,
         on_result=on_result,

@@ -357,7 +357,7 @@ class TestParams:
             ({"text_tokens": 1}, "text_tokens=1; it takes 2 or more, or 0 for all"),
             ({"count": -1}, "count=-1; it takes 0 or more"),
             ({"ablate": True}, "ablate=True with operation='add'; it takes 'project_out'"),
-            ({"form": "numbers"}, "form='numbers' is a str; it takes"),
+            ({"form": "numbers"}, "form='numbers'; it takes"),
         ],
     )
     def test_what_cannot_be_is_refused(self, change: dict[str, Any], message: str) -> None:

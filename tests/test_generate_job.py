@@ -481,7 +481,7 @@ class TestCheck:
             (["exakt"], "no scorer 'exakt'; there are ['arithmetic',"),
             (["contains"], "scorer 'contains' needs the options ['sought']"),
             (['contains{"seeks": "a"}'], "has no option ['seeks']; it takes ['ignore_case', 'sought']"),
-            (['contains{"sought": 3}'], "sought=3 is a int; it takes str"),
+            (['contains{"sought": 3}'], "sought=3; it takes a text"),
             (["contains{sought}"], "the options of 'contains{sought}' are not JSON"),
             (['regex{"pattern": "("}'], "is no regular expression"),
             (["refusal", "refusal"], "'refusal' is one too many"),

@@ -14,6 +14,7 @@ from orchestrator.comparisons import compare_replies
 from orchestrator.export import Chosen, export
 from orchestrator.findings import axes, others, read_findings
 from orchestrator.lineage import stored_specs
+from orchestrator.radius_section import read_scans
 from orchestrator.report import write_report
 from orchestrator.stored_vectors import stored_sets
 from search_spaces.base import Grid, Objective
@@ -143,8 +144,12 @@ class TestReport:
         for each in shown:
             if each.trial["params"]["optimiser"] == "none":
                 continue
-            for reply, control in each.replies:
+            for reply, control, unsteered in each.replies:
                 assert control is not None
+                assert unsteered is not None
+                assert (unsteered["prompt"], unsteered["split"]) == (reply["prompt"], reply["split"])
+                assert specs[unsteered["spec"]].params["temperature"] == 0
+                assert reply["variant"] == control["variant"] == f"vector {reply['item'] % 3}"
                 spec = specs[control["spec"]]
                 assert (spec.params["optimiser"], spec.params["radius"]) == (
                     "none",
@@ -165,6 +170,16 @@ class TestReport:
         assert best in RADII
         assert f"Marked: the best norm {best:g}" in page
         assert "Best of 3 norms, in stream units" in page
+        assert ("the largest norm that was tried" in page) == (trial["chosen"]["cusp"] == RADII[-1])
+        [scan] = read_scans(open_sweep(scanned), read_findings(open_sweep(scanned)))
+        specs = stored_specs(open_sweep(scanned))
+        assert len(scan.replies) == 9
+        for reply, control, _ in scan.replies:
+            assert control is not None
+            found = [specs[each["spec"]].params for each in (reply, control)]
+            assert [each["radius"] for each in found] == [best, best]
+            assert [each["optimiser"] for each in found] == ["fixed_point", "none"]
+        assert "Replies at the best norm" in page
         assert (scanned / "report" / "radii-0.png").is_file()
 
     def test_a_sweep_of_another_job_has_no_norms(self, learned: Path) -> None:

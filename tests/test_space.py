@@ -27,9 +27,11 @@ from orchestrator.space_file import (
     SpaceFile,
     check_space,
     column_types,
+    data_grids,
     grid_cell,
     grid_size,
     load_space,
+    located_use,
     with_absolute_data,
     with_fixed,
 )
@@ -241,9 +243,9 @@ UNFIT: dict[str, tuple[Space, tuple[str, ...]]] = {
         ("['X', 'x']", "case"),
     ),
     "a parameter that is needed": (make_space({"y": Grid([1.0])}), ("['x']", "needs")),
-    "a type": (make_space({"x": Grid([1, 2.5])}), ("x=2.5", "float", "int")),
-    "a fixed type": (make_space(fixed={"group": 3}), ("group=3", "str")),
-    "a truth for a number": (make_space({"x": Grid([True])}), ("x=True", "int")),
+    "a type": (make_space({"x": Grid([1, 2.5])}), ("x=2.5", "a whole number")),
+    "a fixed type": (make_space(fixed={"group": 3}), ("group=3", "a text")),
+    "a truth for a number": (make_space({"x": Grid([True])}), ("x=True", "a whole number")),
     "a bound that the job refuses": (make_space({"x": Int(low=-2000, high=5)}), ("x=-2000", "-1000 or more")),
     "data that cannot be read": (make_space(fixed={"group": "unreadable"}), ("'unreadable'",)),
     "a layer": (make_space({"x": Grid([1]), "layer": Grid([0, 5, 6])}), ("layer=6", "0 to 5")),
@@ -627,6 +629,68 @@ def test_a_relative_dataset_is_looked_for_beside_the_space_and_then_in_the_worki
     }
     typed = with_fixed(data_space(), {"pairs": "both.jsonl"}, work)
     assert with_absolute_data(typed, [spaces, work]).fixed == {"pairs": str(work / "both.jsonl")}
+
+
+def learned_space(**melbo: Any) -> Space:
+    uses = [f"jobs.melbo{json.dumps({**melbo, 'radius': radius})}" for radius in (0.1, 0.2)]
+    return make_space(
+        {"learned": Grid(uses), "vector": Grid([0, 1])},
+        job="jobs.generate",
+        fixed={"layer": 7, "multiplier": 1.0},
+        objectives=[Objective(metric="nll", direction="minimize")],
+    )
+
+
+def test_datasets_of_a_job_that_another_names_are_found_alike(tmp_path: Path) -> None:
+    spaces, work = two_folders(tmp_path, "both.jsonl")
+    found = with_absolute_data(learned_space(prompts="both.jsonl"), [spaces, work])
+    path = str(spaces / "both.jsonl")
+    assert found.parameters["learned"] == learned_space(prompts=path).parameters["learned"]
+    assert data_grids(found) == {"learned": list(found.parameters["learned"].values)}
+    own = learned_space(prompts="elicitation_prompts")
+    assert with_absolute_data(own, [spaces, work]) == own
+    use = 'jobs.melbo{"prompts": "work.jsonl"}'
+    typed = with_fixed(make_space({"vector": Grid([0])}, job="jobs.generate"), {"learned": use}, work)
+    assert typed.fixed["learned"] == f'jobs.melbo{{"prompts": "{work / "work.jsonl"}"}}'
+    tuned = 'jobs.finetune{"examples": "both.jsonl", "epochs": 2}'
+    assert located_use(tuned, [work]) == f'jobs.finetune{{"examples": "{work / "both.jsonl"}", "epochs": 2}}'
+    assert located_use("jobs.melbo", [work]) == "jobs.melbo"
+    with pytest.raises(SpecError, match="no dataset 'nowhere"):
+        with_absolute_data(learned_space(prompts="nowhere.jsonl"), [spaces, work])
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        (learned_space(vectors=2), None),
+        (learned_space(vectors=1), "vector=1; the set has the vectors 0 to 0"),
+        (learned_space(target=31), "target=31 in jobs.melbo, which jobs.generate requires: the model"),
+        (
+            learned_space(vectors=33),
+            "33 directions at right angles in jobs.melbo, which jobs.generate requires",
+        ),
+        (learned_space(vectors=33, orthogonality="none"), None),
+        (
+            make_space(
+                {"factors": Grid([8, 40])},
+                job="jobs.dct",
+                fixed={"read": 4},
+                objectives=[Objective(metric="nll", direction="minimize")],
+            ),
+            "40 directions at right angles: the residual stream of the model .* has 32; ask for that many",
+        ),
+    ],
+)
+def test_vectors_layers_and_directions_that_do_not_exist_are_refused(
+    tmp_path: Path, space: Space, said: str | None
+) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 30, "hidden_size": 32}')
+    model = ModelRef(id=str(tmp_path))
+    if said is None:
+        check_space(space, model)
+        return
+    with pytest.raises(SpecError, match=said):
+        check_space(space, model)
 
 
 @pytest.mark.parametrize(

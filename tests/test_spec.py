@@ -133,7 +133,11 @@ class TestParams:
     @pytest.mark.parametrize(
         ("job", "values", "message"),
         [
-            ("jobs.steer", {"layer": 1, "doze": 0.1}, "has no parameter ['doze']; it takes ['choices',"),
+            (
+                "jobs.steer",
+                {"layer": 1, "doze": 0.1},
+                "has no parameter ['doze'] (did you mean 'dose'?); it takes ['choices',",
+            ),
             ("jobs.steer", {"layer": 1, "doze": 0.1}, "did you mean 'dose'?"),
             ("jobs.steer", {"layer": 1, "dose": 0.1, "max_tokens": 3}, "did you mean 'max_new_tokens'?"),
             ("jobs.steer", {"layer": 1}, "dose=None, multiplier=None; give one of them"),
@@ -145,16 +149,16 @@ class TestParams:
             ("jobs.steer", {"layer": 1, "dose": 0.1, "layers": [2, 1]}, "give each layer once"),
             ("jobs.steer", {"layer": 1, "dose": 0.1, "weights": [1.0, 2.0]}, "give one for each of 1 layers"),
             ("jobs.steer", {}, "needs the parameters ['layer']"),
-            ("jobs.steer", {"layer": 1.0, "dose": 0.1}, "layer=1.0 is a float; it takes int"),
-            ("jobs.steer", {"layer": True, "dose": 0.1}, "layer=True is a bool; it takes int"),
-            ("jobs.steer", {"layer": "1", "dose": 0.1}, "layer='1' is a str; it takes int"),
-            ("jobs.steer", {"layer": 1, "dose": "0.1"}, "dose='0.1' is a str; it takes float"),
-            ("jobs.steer", {"layer": 1, "dose": True}, "dose=True is a bool; it takes float"),
-            ("jobs.steer", {"layer": 1, "dose": 0.1, "pairs": 3}, "pairs=3 is a int; it takes str"),
+            ("jobs.steer", {"layer": 1.0, "dose": 0.1}, "layer=1.0; it takes a whole number"),
+            ("jobs.steer", {"layer": True, "dose": 0.1}, "layer=True; it takes a whole number"),
+            ("jobs.steer", {"layer": "1", "dose": 0.1}, "layer='1'; it takes a whole number"),
+            ("jobs.steer", {"layer": 1, "dose": "0.1"}, "dose='0.1'; it takes a number or null"),
+            ("jobs.steer", {"layer": 1, "dose": True}, "dose=True; it takes a number or null"),
+            ("jobs.steer", {"layer": 1, "dose": 0.1, "pairs": 3}, "pairs=3; it takes a text"),
             (
                 "jobs.steer",
                 {"layer": 1, "dose": 0.1, "direction": "mean"},
-                "direction='mean' is a str; it takes",
+                "direction='mean'; it takes one of 'mean_difference'",
             ),
             ("jobs.steer", {"layer": 1, "dose": 0.1, "direction": "mean"}, "'mean_difference', 'pca'"),
             ("jobs.steer", {"layer": -1, "dose": 0.1}, "jobs.steer: layer=-1; layers are counted from 0"),
@@ -188,7 +192,12 @@ class TestParams:
 
     @pytest.mark.parametrize("given", [[1, "2"], [1, 2.0], [True], [[1]], 1, None, "some"])
     def test_a_list_with_anything_else_in_it_is_refused(self, given: Any) -> None:
-        with pytest.raises(SpecError, match=re.escape(f"jobs.capture: capture_layers={given!r} is a ")):
+        with pytest.raises(
+            SpecError,
+            match=re.escape(
+                f"jobs.capture: capture_layers={given!r}; it takes a list, each entry a whole number"
+            ),
+        ):
             make_params("jobs.capture", {"capture_layers": given})
 
     @pytest.mark.parametrize("job", JOBS)

@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as arrays
 
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
-from storage import compaction, parquet
+from storage import compaction, parquet, schema
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import (
     DiskFull,
@@ -623,6 +623,41 @@ def test_a_sweep_of_the_version_before_is_read_and_goes_on(
     assert rows_of(Store(tmp_path)) == rows_of(found)
     assert Store(tmp_path).results == found.results
     assert Store(tmp_path).withdrawn_trials() == [(2, 2.0)]
+
+
+def test_columns_that_came_later_are_null_in_older_files_for_all_who_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(tmp_path, [], objectives={})
+    rows = [{"spec": f"s{number}", "split": "select", "item": 0, "text": "Yes."} for number in range(3)]
+    old = tuple(column for column in TABLES["completions"] if column.name != "variant")
+    with monkeypatch.context() as before:
+        before.setitem(schema.TABLES, "completions", old)
+        parquet.arrow_schema.cache_clear()
+        file = write_table(tmp_path, "completions", rows[:2])
+        parquet.arrow_schema.cache_clear()
+    store = Store(tmp_path)
+    store.commit([Part((file,), ())])
+    entry = sorted((tmp_path / "manifest").iterdir())[-1]
+    content = json.loads(entry.read_text())
+    del content["files"][0]["schema"]
+    entry.write_text(json.dumps(content | {"schema": 5}))
+
+    def check(*variants: str | None) -> None:
+        asked = open_sweep(tmp_path).rows("SELECT spec, variant, text FROM completions ORDER BY spec")
+        assert [row["variant"] for row in asked] == list(variants)
+        assert [row["variant"] for row in Store(tmp_path).rows("completions")] == list(variants)
+        assert [row["spec"] for row in asked] == [row["spec"] for row in rows[: len(variants)]]
+
+    check(None, None)
+    store = Store(tmp_path)
+    store.commit([Part((write_table(tmp_path, "completions", [{**rows[2], "variant": "vector 0"}]),), ())])
+    check(None, None, "vector 0")
+    monkeypatch.setattr(compaction, "MANY", 2)
+    store = Store(tmp_path)
+    store.compact()
+    assert [file.schema for file in Store(tmp_path).files("completions")] == [SCHEMA_VERSION]
+    check(None, None, "vector 0")
 
 
 def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(

@@ -21,6 +21,7 @@ from jobs.spec import Status
 from orchestrator import worker as worker_module
 from orchestrator.budget import busy_seconds
 from orchestrator.interrupts import stoppable
+from orchestrator.lineage import stored_specs
 from orchestrator.progress import Tally, describe
 from orchestrator.sampler import OptunaSampler
 from search_spaces.base import Float, Grid, Int, Objective, Space
@@ -576,6 +577,21 @@ class TestReuse:
         )
         assert rows == {first}
 
+    def test_it_says_what_is_other_where_nothing_could_be_taken(self, tmp_path: Path) -> None:
+        space = make_space({"x": Grid([1, 2])}, fixed={"source": 5, "source_depth": 1})
+        drive(tmp_path / "first", space, trials=2)
+        other = make_space({"x": Grid([1]), "source": Grid([11, 13])}, fixed={"source_depth": 1})
+        lines: list[str] = []
+        drive(tmp_path / "second", other, trials=2, reuse=[tmp_path / "first"], say=lines.append)
+        name = open_sweep(tmp_path / "first").identity["sweep"]
+        assert lines == [
+            f"nothing of tests.fake_source is taken from {name}: the nearest of its results differs in "
+            "value (5 there, 11 here)"
+        ]
+        lines.clear()
+        drive(tmp_path / "third", space, trials=2, reuse=[tmp_path / "first"], say=lines.append)
+        assert lines == []
+
     @pytest.mark.parametrize("harm", ["gone", "changed"])
     def test_what_is_not_whole_any_more_is_computed(self, tmp_path: Path, harm: str) -> None:
         drive(tmp_path / "first", self.space(), trials=4)
@@ -627,7 +643,8 @@ class TestReuse:
         again = {"hash": made_again.sha256, "path": made_again.path, "bytes": made_again.bytes}
         store.commit([], artifacts=[{**row, **again}])
         (tmp_path / "taker").mkdir()
-        found = Donors([tmp_path / "donor"]).give(row["spec"], tmp_path / "taker")
+        spec = stored_specs(open_sweep(tmp_path / "donor"))[row["spec"]]
+        found = Donors([tmp_path / "donor"]).give(spec, tmp_path / "taker")
         assert found is not None
         assert read_artifact(tmp_path / "taker", found.artifact)["value"] == [1.5]
 

@@ -75,6 +75,10 @@ def use(job: str, **values: Any) -> str:
     return job + json.dumps(values)
 
 
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
 def melbo_of(prompts: str, **values: Any) -> dict[str, Any]:
     return {**SMALL, "prompts": prompts, "vectors": 4, "radius": 2.0, "radius_in": "stream", **values}
 
@@ -155,6 +159,45 @@ class TestComparison:
         assert metrics["objective_start"] == pytest.approx(chance["objective"], rel=1e-5)
         assert metrics["identity"] < 1e-6
 
+    @pytest.mark.parametrize(
+        ("job", "values"),
+        [
+            ("jobs.melbo", {"vectors": 4, "radius": 2.0, "radius_in": "stream"}),
+            ("jobs.dct", {"factors": 4, "read": 4, "radius": 2.0, "radius_in": "stream", "iterations": 2}),
+            ("jobs.adapters", {"adapters": 4, "rank": 1, "radius": 4.0, "steps": 2}),
+        ],
+    )
+    def test_how_far_a_set_goes_from_the_unsteered_reply_is_recomputed(
+        self, prompts: str, job: str, values: dict[str, Any]
+    ) -> None:
+        [found] = run(job, {**SMALL, "prompts": prompts, **values})
+        wanted = {"samples": 1, "temperature": 0.0, "prompts": prompts}
+        wanted |= {name: SMALL[name] for name in ("read_on", "max_new_tokens") if name in SMALL}
+        [unsteered] = run("jobs.sample", wanted)
+        rows = unsteered.tables["completions"]
+        assert {row["variant"] for row in rows} == {"unsteered"}
+        usual = {row["prompt"]: row["text"] for row in rows}
+        assert len(usual) == len(rows)
+        for split in ("extract", "select", "report"):
+            _, fluent = behaviours.stored_sayings(found.tensors, split)
+            said = [row for row in found.tables["completions"] if row["split"] == split]
+            distances = [
+                1 - _cosine(*behaviours.embed([row["text"], usual[row["prompt"]]], ""))
+                for row, holds in zip(said, fluent.reshape(-1), strict=True)
+                if holds and row["text"].strip() and usual[row["prompt"]].strip()
+            ]
+            expected = np.mean(distances) if distances else math.nan
+            assert found.metrics[split]["from_unsteered"] == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+    def test_nothing_is_far_from_replies_without_a_word(self) -> None:
+        own = {"embeddings_select": np.ones((1, 2, 3)), "fluent_select": np.ones((1, 2))}
+        silent = {"embeddings_select": np.full((1, 1, 1), np.nan), "fluent_select": np.zeros((1, 1))}
+        assert math.isnan(behaviours.from_unsteered(own, silent, "select")["from_unsteered"])
+
+    def test_several_likeliest_replies_are_refused(self) -> None:
+        with pytest.raises(SpecError, match="samples=2, temperature=0; all of them would be the same"):
+            make_params("jobs.sample", {"samples": 2, "temperature": 0.0})
+
     def test_what_a_set_is_compared_with_is_shared_by_trials_that_differ_in_the_objective(self) -> None:
         one, other = (
             make_params("jobs.melbo", {"power": power, "contrast": contrast, "steps": steps})
@@ -162,13 +205,13 @@ class TestComparison:
         )
         keys = [{need.key for need in melbo.requires(each)} for each in (one, other)]
         assert keys[0] == keys[1]
-        assert len(keys[0]) == 2
+        assert len(keys[0]) == 3
 
     def test_other_norms_and_temperatures_are_read_on_request(self, prompts: str) -> None:
         values = melbo_of(prompts, random_norms=(0.1, 1.0, 30.0), temperatures=(0.1, 3.0))
         needs = melbo.requires(make_params("jobs.melbo", values))
-        assert [need.job for need in needs] == ["jobs.melbo"] * 3 + ["jobs.sample"] * 2
-        assert [need.params.radius for need in needs[:3]] == [2.0, 0.2, 60.0]
+        assert [need.job for need in needs] == ["jobs.sample"] + ["jobs.melbo"] * 3 + ["jobs.sample"] * 2
+        assert [need.params.radius for need in needs[1:4]] == [2.0, 0.2, 60.0]
         [found] = run("jobs.melbo", values)
         grid = []
         for norm in (0.1, 1.0, 30.0):
@@ -536,9 +579,8 @@ class TestSteeringWithLearnedVectors:
             "vector": 9,
             "multiplier": 1.0,
         }
-        params = make_params("jobs.generate", {**values, "prompts": prompts})
         with pytest.raises(SpecError, match="vector=9; the set has the vectors 0 to 3"):
-            Artifacts(tiny_replica("llama")).run("jobs.generate", [params])
+            make_params("jobs.generate", {**values, "prompts": prompts})
 
 
 def test_rows_of_a_pack_may_differ_in_all_that_is_learned(prompts: str) -> None:

@@ -110,9 +110,12 @@ def _with_splits(name: str, rows: Sequence[_Row]) -> list[tuple[str, _Row]]:
 def _first(name: str, items: list[_Item], split: str, count: int) -> list[_Item]:
     found = [item for item in items if item.split == split]
     if len(found) < count:
+        where = f"where none names a split, every {REPORT_EVERY}th is 'report', the others 'select'"
+        if split == "extract":
+            where = 'it takes rows with "split": "extract"; those are what vectors are learned from'
         raise SpecError(
             f"{name} has {len(found)} rows of the split {split!r} and {count} are asked for; ask for fewer "
-            f"or add rows (where none names a split, every {REPORT_EVERY}th is 'report', the others 'select')"
+            f"or add rows ({where})"
         )
     return found[:count]
 

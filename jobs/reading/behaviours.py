@@ -14,7 +14,7 @@ from jobs.checks import above_zero, at_least
 from jobs.data.prompts import OpenPrompt
 from jobs.reading import halves
 from jobs.scoring import diversity
-from jobs.scoring.similarity import embed
+from jobs.scoring.similarity import cosine_similarity, embed
 from jobs.spec import Metric
 
 _MEANS = {
@@ -44,6 +44,41 @@ def over_random(found: Mapping[str, float], random: Mapping[str, float] | None) 
     """What a set has over random vectors of its norm; NaN where there are none."""
     pairs = zip(OVER_RANDOM, ("diversity", "vendi", "distinct_completions"), strict=True)
     return {name: found[of] - random[of] if random is not None else math.nan for name, of in pairs}
+
+
+FROM_UNSTEERED = {
+    "from_unsteered": Metric("1 - cosine", "mean distance of the fluent completions from the unsteered reply")
+}
+
+
+def from_unsteered(
+    tensors: Mapping[str, np.ndarray], unsteered: Mapping[str, np.ndarray], split: str
+) -> dict[str, float]:
+    """How far the embeddings of a set's fluent completions lie from those of one unsteered reply a prompt.
+
+    Args:
+        tensors: Of the set; see `stored_sayings`.
+        unsteered: Of the unsteered replies to the same prompts.
+        split: Which prompts.
+
+    Returns:
+        The metric of `FROM_UNSTEERED`; NaN where nothing is fluent, or no unsteered reply has a word.
+    """
+    embeddings_PVD, fluent_PV = stored_sayings(tensors, split)
+    usual_P1D, _ = stored_sayings(unsteered, split)
+    [name] = FROM_UNSTEERED
+    if embeddings_PVD.shape[-1] != usual_P1D.shape[-1]:  # on one side no reply had a word
+        return {name: math.nan}
+    pairs = zip(embeddings_PVD, usual_P1D, fluent_PV, strict=True)
+    return {
+        name: _mean(
+            [
+                1 - cosine
+                for own_VD, usual_1D, fluent_V in pairs
+                for cosine in cosine_similarity(own_VD[fluent_V], usual_1D)[:, 0]
+            ]
+        )
+    }
 
 
 class Behaviours(NamedTuple):

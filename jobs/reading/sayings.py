@@ -16,7 +16,7 @@ from jobs.reading.behaviours import Said
 from jobs.reading.completions import flaw_of
 from jobs.reading.rereading import unsteered_nll
 from jobs.scoring.text import repeated_ngrams
-from jobs.spec import content_hash
+from jobs.spec import UNSTEERED, content_hash
 
 
 class Sayings(NamedTuple):
@@ -92,13 +92,24 @@ def said(
 
 
 def completion_rows(
-    prompts: Sequence[OpenPrompt], said_PV: Sequence[Sequence[Said]]
+    prompts: Sequence[OpenPrompt], said_PV: Sequence[Sequence[Said]], variant: str
 ) -> list[dict[str, object]]:
-    """Rows of the table `completions`; `item` is prompt x vectors + vector, each from 0."""
+    """Rows of the table `completions`.
+
+    Args:
+        prompts: What was asked.
+        said_PV: For each prompt what was said under each vector.
+        variant: What a vector is called, such as `vector`, which makes `vector 0`, `vector 1`, ...;
+            `unsteered` stays as it is.
+
+    Returns:
+        With `item` = prompt x vectors + vector, each from 0.
+    """
     return [
         {
             "split": prompt.split,
             "item": number * len(said_V) + vector,
+            "variant": variant if variant == UNSTEERED else f"{variant} {vector}",
             "prompt": prompt.prompt,
             "text": said.text,
             "tokens": len(said.tokens),

@@ -84,7 +84,8 @@ class Learning(Sliced):
             slice's `jacobian`.
         draw: Which of several draws of the random start, from 0.
         optimiser: `fixed_point`; `amsgrad`, as in the original; `none`: vectors stay where they start.
-        steps: Most looks at each vector; the first of `fixed_point` is at its start, so that it takes 2.
+        steps: Most looks at each vector; the first of `fixed_point` is at its start, so that it takes 2. None
+            is 20 for `fixed_point` and 300 for `amsgrad`, which hardly leaves its start in fewer.
         tolerance: Relative rise of the objective at which the fixed point has settled.
         learning_rate: Of AMSGrad, in residual-stream units an element and step.
     """
@@ -102,7 +103,7 @@ class Learning(Sliced):
     start: Literal["random", "jacobian"] = "random"
     draw: int = 0
     optimiser: Literal["fixed_point", "amsgrad", "none"] = "fixed_point"
-    steps: int = 20
+    steps: int | None = None
     tolerance: float = 5e-3
     learning_rate: float = 1e-3
 
@@ -111,7 +112,8 @@ class Learning(Sliced):
         self.check_slice()
         at_least(self, 1, "vectors", "power", "root")
         # The fixed point's first look only says where to go.
-        at_least(self, 2 if self.optimiser == "fixed_point" else 1, "steps")
+        if self.steps is not None:
+            at_least(self, 2 if self.optimiser == "fixed_point" else 1, "steps")
         above_zero(self, "radius", "tolerance", "learning_rate")
         at_least(self, 0, "apart", "contrast", "span", "draw")
         if self.contrast and self.orthogonality == "sequential":
@@ -119,6 +121,13 @@ class Learning(Sliced):
                 f"contrast={self.contrast} with orthogonality='sequential'; it compares vectors that are "
                 "learned together"
             )
+
+    @property
+    def most_steps(self) -> int:
+        """The number that `steps` means."""
+        if self.steps is not None:
+            return self.steps
+        return {"fixed_point": 20, "amsgrad": 300, "none": 0}[self.optimiser]
 
     @property
     def is_random(self) -> bool:
@@ -153,6 +162,8 @@ def canonical_learning(params: Some) -> Some:
         unused.add("learning_rate")
     if params.optimiser == "none":
         unused |= set(_UNLEARNED)
+    else:
+        params = replace(params, steps=params.most_steps)
     if params.power == 2:
         unused.add("norm_over")
     if not params.orthogonality.startswith("soft"):

@@ -130,7 +130,7 @@ def learn(
     hidden = slice_.inputs_NTD.shape[-1]
     for search in searches:
         search.check(hidden)
-    starts = [_start(slice_, search) for search in searches]
+    starts = [start_of(slice_, search) for search in searches]
     rounds = max(search.rounds for search in searches)
     found: list[list[Learned]] = [[] for _ in searches]
     for number in range(rounds):
@@ -164,7 +164,8 @@ class _Part(NamedTuple):
     coupling: Coupling | None
 
 
-def _start(slice_: Slice, search: Search) -> Tensor:
+def start_of(slice_: Slice, search: Search) -> Tensor:
+    """Where a search's vectors start, shape (V, D); sequential ones each before it is set at right angles."""
     hidden = slice_.inputs_NTD.shape[-1]
     surface = search.start_surface
     if search.start_VD is None:

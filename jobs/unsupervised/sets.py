@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from jobs.engine.replica import Replica
 from jobs.spec import Row, content_hash
@@ -17,7 +18,7 @@ from jobs.unsupervised.landscape import Goal
 from jobs.unsupervised.learned import Learned
 from jobs.unsupervised.objective import NormOver
 from jobs.unsupervised.params import TOGETHER, Learning
-from jobs.unsupervised.search import Method, Search, learn
+from jobs.unsupervised.search import Method, Search, learn, start_of
 from jobs.unsupervised.span import activation_span, share_within
 
 
@@ -30,6 +31,7 @@ class VectorSet(NamedTuple):
         effects: What they do to the prompts that they were learned from; None where a vector is not finite.
         on_manifold_V: Each vector's share of squared norm in the span of the counted tokens' activations.
         on_manifold_random: That share of random vectors, in the mean: directions of the span over D.
+        start_cosine: Mean cosine between a vector and its start.
     """
 
     learned: Learned
@@ -37,6 +39,7 @@ class VectorSet(NamedTuple):
     effects: Effects | None
     on_manifold_V: Tensor
     on_manifold_random: float
+    start_cosine: float
 
     @property
     def is_whole(self) -> bool:
@@ -91,7 +94,7 @@ def _learned(ground: Ground, searches: Sequence[Search], params: Learning) -> li
     """The sets of rows that agree in `TOGETHER`."""
     method = Method(
         optimiser=params.optimiser,
-        steps=params.steps,
+        steps=params.most_steps,
         tolerance=params.tolerance,
         learning_rate=params.learning_rate,
     )
@@ -131,4 +134,6 @@ def _set(ground: Ground, search: Search, learned: Learned, over: NormOver) -> Ve
         done = effects(ground.slice_, ground.counted_NT, learned.theta_VD, search.goal, over=over)
     span_KD = activation_span(ground.slice_, ground.counted(search.goal.prompts))
     shares_V = share_within(learned.theta_VD, span_KD)
-    return VectorSet(learned, search.goal.radius, done, shares_V, len(span_KD) / span_KD.shape[1])
+    kept_V = cosine_similarity(learned.theta_VD, start_of(ground.slice_, search)).double()
+    expected = len(span_KD) / span_KD.shape[1]
+    return VectorSet(learned, search.goal.radius, done, shares_V, expected, float(kept_V.mean()))
