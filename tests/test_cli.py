@@ -15,7 +15,7 @@ import pytest
 from jobs import steer
 from jobs.directions.vector_files import read_vectors
 from storage.query import open_sweep
-from tests.command import refused, results, run_arguments, steersweep, steersweep_beside_other_code
+from tests.command import ROOT, refused, results, run_arguments, steersweep, steersweep_beside_other_code
 
 pytestmark = pytest.mark.ray
 
@@ -223,3 +223,19 @@ def test_a_sweep_runs_on_a_cluster_that_is_there_already_with_what_another_has_s
         "SELECT job FROM attempts WHERE reason LIKE 'taken over from %'"
     )
     assert taken == [{"job": "jobs.extract"}]
+
+
+def test_the_notebook_of_results_runs_on_any_sweep_of_a_grid(
+    finished: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEP", str(place / "finished"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "examples" / "results.ipynb").read_text())["cells"]
+    assert all(not cell.get("outputs") for cell in cells), "results of somebody's sweep are not committed"
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["front"]["trial"].tolist() == [row["trial"] for row in finished["pareto"]]
+    assert names["table"].shape == (3, 3)
+    assert len(names["points"]) == 7
