@@ -133,6 +133,23 @@ class Spec:
         return Spec(**{**value, "model": ModelRef(**value["model"])})
 
 
+def spec_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two specs, as `Spec.to_json` has them, do not share: field or part of one -> both values."""
+    first, second = _flat(one), _flat(other)
+    names = dict.fromkeys([*first, *second])
+    pairs = {name: (first.get(name), second.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {
+        (key if name == "params" else f"{name} {key}"): value
+        for name in ("params", "model", "data")
+        for key, value in spec[name].items()
+    }
+    return {**{name: spec[name] for name in ("job", "code", "seed")}, **parts}
+
+
 class Row(NamedTuple):
     """One configuration of a pack."""
 

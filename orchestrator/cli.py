@@ -253,12 +253,13 @@ def fetch(
         say(f"{out}: {files} files; `steersweep resume {out}` goes on with it")
 
 
-for looking in (
-    *(kept.status, kept.show, kept.compare, kept.pareto, kept.query, kept.files, kept.logs, kept.doctor),
-):
-    app.command()(looking)
-for writing in (judged.score, judged.label, kept.vectors, kept.report, kept.ui):
-    app.command()(writing)
+_LOOK = (
+    *(kept.status, kept.show, kept.compare, kept.replay, kept.pareto),
+    *(kept.query, kept.files, kept.logs, kept.doctor),
+)
+_WRITE = (judged.score, judged.label, kept.vectors, kept.report, kept.ui)
+for command in (*_LOOK, *_WRITE):
+    app.command()(command)
 app.command("jobs")(shipped.list_jobs)
 app.command("schema")(shipped.schema)
 

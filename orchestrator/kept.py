@@ -14,6 +14,7 @@ from orchestrator.printing import (
     Json,
     print_comparison,
     print_doubts,
+    print_drift,
     print_json,
     print_pareto,
     print_table,
@@ -80,6 +81,25 @@ def compare(
         print_json(found)
     else:
         print_comparison(found)
+
+
+def replay(
+    folder: Folder,
+    trial: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
+    anew: Annotated[
+        bool, typer.Option("--from-scratch", help="Compute again what it requires, such as its direction.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run one trial again, and say what comes out otherwise; exit code 1 if anything does. Stores nothing."""
+    from orchestrator.replaying import replay as run_again
+
+    found = run_again(folder, trial, takes_stored=not anew)
+    if as_json:
+        print_json(found)
+    else:
+        print_drift(found)
+    raise typer.Exit(0 if found["is_same"] else 1)
 
 
 def files(

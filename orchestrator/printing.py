@@ -146,6 +146,23 @@ def print_comparison(found: Mapping[str, Any]) -> None:
             say(f"  {name} > {_one_line(text)}")
 
 
+def print_drift(found: Mapping[str, Any]) -> None:
+    """What came out otherwise when a trial was run again."""
+    for each in found["changed"]:
+        say(f"{each['name']} is {each['now']!r} now, and was {each['then']!r}")
+    columns = ["name", "split", "then", "now", "difference"]
+    if moved := [each for each in found["metrics"] if not each["is_same"]]:
+        print_table(columns, moved)
+    for each in found["other_texts"]:
+        say(f"{each['split']}, item {each['item']}: {_one_line(each['prompt'])}")
+        for when in ("then", "now"):
+            say(f"  {when} > {'not there' if each[when] is None else _one_line(each[when])}")
+    say(
+        f"{len(moved)} of {len(found['metrics'])} metrics and {len(found['other_texts'])} of "
+        f"{found['texts']} texts of trial {found['trial']} are other than they were, on {found['device']}"
+    )
+
+
 def _one_line(text: str) -> str:
     """Text of a model on one line, with nothing that a terminal obeys."""
     return repr(text)

@@ -16,6 +16,7 @@ from orchestrator.planning import Planner
 from orchestrator.worker import Worker, device_of
 from orchestrator.workload import required, tokens_of
 from storage.artifacts import Artifact
+from storage.parquet import TableFile
 
 
 class Pace(NamedTuple):
@@ -50,7 +51,7 @@ class Measured(NamedTuple):
     paces: dict[str, Pace]
 
 
-class _Run(NamedTuple):
+class Ran(NamedTuple):
     """A pack that was run."""
 
     job: str
@@ -86,7 +87,7 @@ def measure(planner: Planner, packs: Sequence[Sequence[Spec]], config: RunConfig
             memory=config.memory,
         )
         loading_seconds = time.perf_counter() - began
-        probe = _Probe(worker, planner)
+        probe = Probe(worker, planner)
         for spec in (*required(planner, first), first):
             probe.run([spec])
         alone = probe.runs[-1].seconds
@@ -103,23 +104,47 @@ def _cheapest(packs: Sequence[Sequence[Spec]]) -> tuple[Spec, Sequence[Spec]]:
     return min(((spec, pack) for pack in packs for spec in pack), key=lambda each: tokens_of(each[0]))
 
 
-class _Probe:
-    """A worker that is given one pack after the other, and keeps their artifacts."""
+class Probe:
+    """A worker that is given one pack after the other, and keeps their artifacts.
+
+    Args:
+        worker: Whoever runs them.
+        planner: Knows what specs require.
+
+    Attributes:
+        runs: What was run so far.
+        files: Tables that were written.
+        device: Where the last of them ran.
+    """
 
     def __init__(self, worker: Worker, planner: Planner) -> None:
         self._worker = worker
         self._planner = planner
         self._artifacts: dict[str, Artifact] = {}
-        self.runs: list[_Run] = []
+        self.runs: list[Ran] = []
+        self.files: list[TableFile] = []
         self.device = ""
+
+    def take(self, spec: Spec, artifact: Artifact) -> None:
+        """Have a prerequisite that was made elsewhere; its file must lie in the worker's folder."""
+        self._artifacts[spec.id] = artifact
+
+    def has(self, spec: Spec) -> bool:
+        """Whether a prerequisite is there."""
+        return spec.id in self._artifacts
 
     def has_all_of(self, spec: Spec) -> bool:
         """Whether all that a spec requires is there."""
-        return all(need.id in self._artifacts for need in self._planner.needs(spec).values())
+        return all(map(self.has, self._planner.needs(spec).values()))
 
     def run(self, specs: Sequence[Spec]) -> None:
-        """Run a pack whose prerequisites are there, unless it is a prerequisite that is there itself."""
-        if all(spec.id in self._artifacts for spec in specs):
+        """Run a pack whose prerequisites are there, unless it is a prerequisite that is there itself.
+
+        Raises:
+            OutOfMemory: If it does not fit.
+            SpecError: If it, or a row of it, fails.
+        """
+        if all(map(self.has, specs)):
             return
         job = specs[0].job
         rows = [Planned(spec, self._planner.needs(spec)) for spec in specs]
@@ -136,13 +161,14 @@ class _Probe:
                     raise SpecError(f"{job} fails with {dict(specs[0].params)}: {result.reason}")
             kept = {row.spec: row.artifact for row in delivery.finished if row.artifact is not None}
             self._artifacts.update(kept)
+            self.files += delivery.part.files
             written += sum(file.bytes for file in delivery.part.files)
             written += sum(artifact.bytes for artifact in kept.values())
         seconds = time.perf_counter() - began
-        self.runs.append(_Run(job, len(specs), sum(map(tokens_of, specs)), seconds, written))
+        self.runs.append(Ran(job, len(specs), sum(map(tokens_of, specs)), seconds, written))
 
 
-def _paces(runs: Sequence[_Run]) -> Iterator[tuple[str, Pace]]:
+def _paces(runs: Sequence[Ran]) -> Iterator[tuple[str, Pace]]:
     """Job -> pace: a line through the smallest and the largest pack, or through none and one."""
     for job in {run.job for run in runs}:
         own = sorted((run for run in runs if run.job == job), key=lambda run: run.tokens)

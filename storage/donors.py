@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.spec import Spec
+from jobs.spec import Spec, spec_differences
 from storage.artifacts import Artifact, artifact_bytes
 from storage.durable import StoreError, publish
 from storage.query import open_sweep
@@ -76,14 +76,8 @@ class Donors:
         """What the nearest result of the same job has other; None without such a result."""
         if found := self._donated.get(spec.id):
             return f"{found[0].sweep} has lost a result of {spec.job}, which is computed again"
-        wanted = _flat(spec.to_json())
-        others = [
-            (
-                sweep,
-                {name: (value, wanted.get(name)) for name, value in has.items() if value != wanted.get(name)},
-            )
-            for sweep, has in self._specs.get(spec.job, ())
-        ]
+        wanted = spec.to_json()
+        others = [(sweep, spec_differences(has, wanted)) for sweep, has in self._specs.get(spec.job, ())]
         if not others:
             return None
         sweep, other = min(others, key=lambda each: len(each[1]))
@@ -99,16 +93,6 @@ _MOST_TOLD = 3
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a result, of a row of the table `specs`."""
+    """A spec as JSON, of a row of the table `specs`."""
     read = {name: json.loads(row[name]) for name in ("params", "model", "data")}
-    return _flat({"job": row["job"], "code": row["code"], "seed": row["seed"], **read})
-
-
-def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a spec, those of its parts among them."""
-    parts = {
-        (key if name == "params" else f"{name} {key}"): value
-        for name in ("params", "model", "data")
-        for key, value in spec[name].items()
-    }
-    return {**{name: spec[name] for name in ("job", "code", "seed")}, **parts}
+    return {"job": row["job"], "code": row["code"], "seed": row["seed"], **read}
