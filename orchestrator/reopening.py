@@ -9,6 +9,7 @@ from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator.config import RunConfig, make_config
 from orchestrator.planning import Planner
+from orchestrator.results import event_row
 from orchestrator.sampler import OptunaSampler
 from orchestrator.space_file import SpaceFile, load_space
 from search_spaces.base import Grid, Space
@@ -65,6 +66,7 @@ def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Seque
             if meant := [planner.meant(each) for each in older if each.trial not in comparable]:
                 Ledger(folder).asked_again(meant)
             store.withdraw(again)
+            store.commit([], events=[event_row("tried again", f"{len(again)} results that failed")])
             (folder / "report" / "index.html").unlink(missing_ok=True)
 
 

@@ -33,6 +33,12 @@ class _New:
     specs: list[Mapping[str, Any]] = field(default_factory=list)
     trials: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[Mapping[str, Any]] = field(default_factory=list)
+    events: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def event_row(kind: str, detail: str, worker: str | None = None) -> dict[str, Any]:
+    """A row of the table `events` of something that happens now; kinds are those of the schema."""
+    return {"time": time.time(), "kind": kind, "worker": worker, "detail": detail}
 
 
 class Results:
@@ -154,6 +160,10 @@ class Results:
         """Take attempts in that gave no result."""
         self._new.attempts += attempts
 
+    def note_event(self, kind: str, detail: str, worker: str | None = None) -> None:
+        """Take in, for the next `commit`, that something happened now; kinds are those of the schema."""
+        self._new.events.append(event_row(kind, detail, worker))
+
     def commit(self) -> None:
         """Make what was taken in visible, all at once, then tell the sampler.
 
@@ -162,7 +172,8 @@ class Results:
         """
         new = self._new
         part = Part(tuple(new.files), tuple(new.results.values()))
-        self._store.commit([part], trials=new.trials, attempts=new.attempts, specs=new.specs)
+        tables = {name: getattr(new, name) for name in ("trials", "attempts", "specs", "events")}
+        self._store.commit([part], **tables)
         self._new = _New()
         for row in new.trials:
             self._tell(row)

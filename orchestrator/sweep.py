@@ -1,5 +1,7 @@
 """The loop: ask, pack, dispatch, store, tell. Sampler, scheduler, pool and store meet only here."""
 
+import os
+import socket
 import time
 import uuid
 from collections import deque
@@ -16,7 +18,7 @@ from orchestrator.intake import Intake, make_order
 from orchestrator.planning import Planner, group_size
 from orchestrator.pool import Delivery, Event, Finished, Pool, written
 from orchestrator.progress import Progress, Tally
-from orchestrator.results import Results
+from orchestrator.results import Results, event_row
 from orchestrator.sampler import OptunaSampler, Proposal
 from orchestrator.scheduler import Kind, Pack, Scheduler
 from search_spaces.base import Space
@@ -116,6 +118,8 @@ class Sweep:
             SteersweepError: If the work cannot go on; everything accepted so far stays.
         """
         self._take_up()
+        if has_work := not self._is_over():
+            self._note_start()
         try:
             while not self._is_over():
                 if not self._tally.stopping:
@@ -132,13 +136,24 @@ class Sweep:
                     self._store.compact(keeps_entries=self._remote is not None)
                 self._check_stop()
                 self._show()
-        except BaseException:
+        except BaseException as error:
             with suppress(StoreError):
                 self._sampler.flush()
+                # What was taken in may be what cannot be written: it is left to the next driver.
+                why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                self._store.commit([], events=[event_row("driver ended", why)])
             raise
         self._write(self._sampler.flush)
+        if has_work:
+            self._results.note_event("driver ended", self._tally.stopping or "all trials have ended")
+            self._write(self._results.commit)
         self._show()
         return self._tally
+
+    def _note_start(self) -> None:
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        what = f"{self._tally.done} of {self._trials} trials have ended; {self._config.workers} workers"
+        self._results.note_event("driver started", f"{where}; {what}")
 
     def _write(self, act: Callable[[], Written]) -> Written:
         """Bring something to disk; as long as that is full, wait for somebody to make room.
@@ -152,12 +167,16 @@ class Sweep:
         Raises:
             StoreError: If the disk refuses for another reason, or somebody asks to stop meanwhile.
         """
+        is_waiting = False
         while True:
             try:
                 return act()
             except DiskFull as error:
                 if self._is_asked_to_stop():
                     raise
+                if not is_waiting:
+                    self._results.note_event("paused", str(error))
+                is_waiting = True
                 self._pause(str(error))
 
     def _pause(self, reason: str) -> None:
@@ -261,6 +280,7 @@ class Sweep:
         if event.kind == "ready":
             self._loaded.add(event.worker)
             self._idle.append(event.worker)
+            self._results.note_event("worker ready", "its model is loaded", event.worker)
         elif event.kind == "delivery" and event.delivery is not None:
             self._receive(self._running[event.worker], event.delivery)
         elif event.kind == "done":
@@ -270,6 +290,7 @@ class Sweep:
         elif event.kind == "lost":
             self._lost(event.worker, event.reason or "the worker died", is_fault=event.is_fault)
             if event.is_disk_full:
+                self._results.note_event("paused", "the disk of a worker is full", event.worker)
                 self._pause(event.reason or "the disk of a worker is full")
 
     def _receive(self, run: _Running, delivery: Delivery) -> None:
@@ -296,12 +317,14 @@ class Sweep:
         if not self._scheduler.halve(pack):
             return False
         limit = self._scheduler.limits[pack.kind]
+        self._results.note_event("pack limited", f"{pack.kind.job}: {limit} rows fit")
         self._write(partial(self._ledger.limited, pack.kind.job, pack.kind.model, limit))
         return True
 
     def _lost(self, worker: str, reason: str, *, is_fault: bool) -> None:
         self._loaded.discard(worker)
         self._held.pop(worker, None)
+        self._results.note_event("worker lost", reason, worker)
         if worker in self._idle:
             self._idle.remove(worker)
         run = self._running.pop(worker, None)

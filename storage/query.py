@@ -47,7 +47,7 @@ class StoredSweep:
     def query(self, sql: str) -> pa.Table:
         """The answer to one SELECT statement.
 
-        The tables are `trials`, `attempts`, `metrics`, `items`, `completions`, `scores`, `vectors`,
+        The tables are `trials`, `attempts`, `events`, `metrics`, `items`, `completions`, `scores`, `vectors`,
         `activations` and `artifacts`. All results have a column `trial`, null for what belongs to no trial,
         such as the unsteered baseline; `trials` has a column for each parameter. `points` has a row for each
         completed trial: what it reached in each objective on the split that trials are chosen on
@@ -165,6 +165,7 @@ class StoredSweep:
             self._define_stored(connection, table, files[table])
         self._define_trials(connection, store)
         connection.execute("CREATE VIEW attempts AS SELECT * FROM stored.attempts ORDER BY started, attempt")
+        connection.execute("CREATE VIEW events AS SELECT * FROM stored.events ORDER BY time")
         # What has failed and was tried again is there twice.
         once = "DISTINCT *" if store.withdrawn_trials() else "*"
         connection.execute(f"CREATE VIEW specs AS SELECT {once} FROM stored.specs")

@@ -75,6 +75,17 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("started", "real", "s since 1970", "when the worker took the pack"),
         Column("finished", "real", "s since 1970", "when this row's outcome was out"),
     ),
+    "events": (
+        Column("time", "real", "s since 1970", "when it happened"),
+        Column(
+            "kind",
+            "text",
+            "",
+            "driver started, driver ended, worker ready, worker lost, paused, pack limited or tried again",
+        ),
+        Column("worker", "text", "", "name of the worker; null where it is the driver's"),
+        Column("detail", "text", "", "why, or how much"),
+    ),
     "metrics": (
         _SPEC,
         _SPLIT,

@@ -555,6 +555,45 @@ def test_an_artifact_that_was_deleted_is_computed_again_without_a_second_result(
     assert all(row["state"] == "completed" for row in trials_of(tmp_path))
 
 
+class TestEvents:
+    def test_what_happens_to_driver_and_workers_is_kept(self, tmp_path: Path) -> None:
+        space = make_space({"x": Grid(list(range(1, 13)))})
+        with pytest.raises(Stopped):
+            drive(tmp_path, space, trials=12, workers=1, max_pack=2, stop_at=6)
+        done = len(trials_of(tmp_path))
+        drive(tmp_path, space, trials=12, workers=2, max_pack=2, losses={1: "before"})
+        events = open_sweep(tmp_path).rows("SELECT * FROM events")
+        kinds = Counter(row["kind"] for row in events)
+        assert (kinds["driver started"], kinds["driver ended"], kinds["worker lost"]) == (2, 2, 1)
+        assert kinds["worker ready"] >= 1 + 2
+        times = [row["time"] for row in events]
+        assert times == sorted(times)
+        starts = [row["detail"] for row in events if row["kind"] == "driver started"]
+        assert starts[0].endswith("0 of 12 trials have ended; 1 workers")
+        assert starts[1].endswith(f"{done} of 12 trials have ended; 2 workers")
+        ends = [row["detail"] for row in events if row["kind"] == "driver ended"]
+        assert (ends[0].split(":")[0], ends[1]) == ("Stopped", "all trials have ended")
+        [lost] = [row for row in events if row["kind"] == "worker lost"]
+        assert lost["worker"] in {row["worker"] for row in events if row["kind"] == "worker ready"}
+
+    def test_a_disk_that_was_full_is_noted_once_a_wait(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, waits = durable.publish, iter([False, False, True, True, True, False])
+
+        def refuse(path: Path, content: bytes) -> None:
+            if next(waits, False):
+                raise DiskFull(f"cannot write {path}: No space left on device")
+            real(path, content)
+
+        monkeypatch.setattr("storage.manifest.publish", refuse)
+        monkeypatch.setattr("orchestrator.sweep._FULL_DISK_SECONDS", 0.0)
+        drive(tmp_path, make_space({"x": Grid([1, 2, 3])}), trials=3, max_pack=1)
+        paused = open_sweep(tmp_path).rows("SELECT * FROM events WHERE kind = 'paused'")
+        assert len(paused) == 1
+        assert "No space left" in paused[0]["detail"]
+
+
 class TestReuse:
     def space(self) -> Space:
         return make_space({"x": Grid([1, 2]), "source": Grid([5, 7])}, fixed={"source_depth": 1})
