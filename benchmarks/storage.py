@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks import activations
 from benchmarks.filling import OBJECTIVES
 from benchmarks.machine import describe
 from storage.front import front
@@ -109,7 +110,7 @@ def _run(command: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(place: Path, trials: int) -> dict[str, Any]:
-    """Every figure but those of activations."""
+    """Every figure."""
     found: dict[str, Any] = {"trials": trials, **_fill(place / "large", trials)}
     asked = {
         question: _ask(place / "large", question)
@@ -125,7 +126,7 @@ def measure(place: Path, trials: int) -> dict[str, Any]:
     found["mlflow_ratio"] = there["seconds"] / here["seconds"]
     _fill(place / "mirrored", MIRRORED)
     found["mirror_minutes"] = _ask(place / "mirrored", "mirror", times=1)["seconds"] / 60
-    return found
+    return found | activations.measure(place / "states", activations.states())
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -38,6 +38,8 @@ class Params(Steering):
             of that part are captured under the column's name.
         mean: Whether the states of each name are averaged.
         max_new_tokens: Most tokens of a greedy completion, whose states are captured too; 0 = none.
+        stored_as: How states are kept; those of a prompt of which one is too large for float16 are kept in
+            float32 all the same.
     """
 
     layer: int = 0
@@ -52,6 +54,7 @@ class Params(Steering):
     spans: tuple[str, ...] = ()
     mean: bool = False
     max_new_tokens: int = 0
+    stored_as: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         self.check_steering(needs_strength=False)
@@ -83,7 +86,7 @@ METRICS = {
 }
 PACK_BY = (
     *("source", "data", "count", "chat", "capture_layers", "capture_sites"),
-    *("offsets", "spans", "mean", "max_new_tokens"),
+    *("offsets", "spans", "mean", "max_new_tokens", "stored_as"),
 )
 DATA = ("data", "pairs", *steering.DATA)
 LAYERS = ("layer", "layers", "capture_layers")
@@ -185,7 +188,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     sums = [_Sums(left=len(items)) for _ in rows]
     for index, found in capture(replica, prompts, tables, work, _wanted(replica, params, items, prompts)):
         prompt, row, _ = work[index]
-        norms = _write(context, row, items[prompt], found)
+        norms = _write(context, row, items[prompt], found, params.stored_as)
         if params.max_new_tokens:
             context.write(row, "completions", _completion(replica, items[prompt], found))
         if sums[row].add(items[prompt].split, norms, _flaw(found, norms)):
@@ -237,7 +240,16 @@ def _flaw(found: "Captured", norms: "np.ndarray") -> str | None:
     return missed(found.fired, found.intended)
 
 
-def _write(context: Context, row: int, item: _Item, found: "Captured") -> "np.ndarray":
+def _stored(vectors: "np.ndarray", dtype: str) -> "np.ndarray":
+    """States as they are kept; those that are too large for a half are kept in float32."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        kept = vectors.astype(dtype)
+    return kept if np.isfinite(kept).all() else vectors.astype(np.float32)
+
+
+def _write(context: Context, row: int, item: _Item, found: "Captured", stored_as: str) -> "np.ndarray":
     """Write all states of a prompt, with their norms as items; gives the norms, shape (places, states)."""
     import numpy as np
 
@@ -252,7 +264,7 @@ def _write(context: Context, row: int, item: _Item, found: "Captured") -> "np.nd
         "position": [point.position for _, point in each],
         "step": [point.step for _, point in each],
     }
-    context.write(row, "activations", {**common, **columns, "vector": vectors})
+    context.write(row, "activations", {**common, **columns, "vector": _stored(vectors, stored_as)})
     norms: np.ndarray = np.linalg.norm(vectors.astype(np.float64), axis=1).reshape(len(places), -1)
     names = [f"norm_{place.site}_{place.layer}" for place in places]
     means = norms.mean(axis=1) if norms.size else [math.nan] * len(places)

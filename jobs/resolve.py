@@ -145,7 +145,7 @@ def _in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_in_words, arguments))
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin is tuple:
         return f"a list, each entry {_in_words(arguments[0])}"
     return _WORDS.get(hint, str(hint))

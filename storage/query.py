@@ -16,8 +16,8 @@ from storage.durable import StoreError
 from storage.front import front
 from storage.ledger import read_open
 from storage.lock import driver
-from storage.parquet import TableFile
-from storage.schema import RESULT_TABLES, SCHEMA_VERSION, STATES, TABLES
+from storage.parquet import PACKED_SINCE, TableFile, unpacked
+from storage.schema import RESULT_TABLES, ROW_GROUPS_BY, SCHEMA_VERSION, STATES, TABLES
 from storage.scores import scores_of
 from storage.store import Store
 from storage.views import identifier, quoted, views
@@ -28,6 +28,7 @@ _SQL_TYPES = {
     "integer": "BIGINT",
     "real": "DOUBLE",
     "real32[]": "FLOAT[]",
+    "array": "FLOAT[]",
 }
 _BEST_FIRST = {"minimize": "ASC", "maximize": "DESC"}
 
@@ -202,6 +203,9 @@ class StoredSweep:
     def _define_stored(
         self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[TableFile]
     ) -> None:
+        if table in ROW_GROUPS_BY and files:
+            self._define_arrays(connection, table, files)
+            return
         if not files:
             typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES[table])
             connection.execute(f"CREATE TABLE stored.{table} ({typed})")
@@ -217,6 +221,22 @@ class StoredSweep:
                 for column in TABLES[table]
             )
         connection.execute(f"CREATE VIEW stored.{table} AS SELECT {selected} FROM {source}")
+
+    def _define_arrays(
+        self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[TableFile]
+    ) -> None:
+        """Tables whose vectors the files hold as bytes since version 6, and as lists before."""
+        connection.create_function(  # type: ignore[call-overload]  # its stub does not know the text
+            "floats", _floats, ["BLOB", "VARCHAR"], "FLOAT[]", type="arrow"
+        )
+        packed = self._listed(file for file in files if file.schema >= PACKED_SINCE)
+        lists = self._listed(file for file in files if file.schema < PACKED_SINCE)
+        selected = [
+            f"SELECT * REPLACE (floats(vector, dtype) AS vector) FROM read_parquet({packed})",
+            f"SELECT *, 'float32' AS dtype FROM read_parquet({lists})",
+        ]
+        there = [select for select, paths in zip(selected, (packed, lists), strict=True) if paths != "[]"]
+        connection.execute(f"CREATE VIEW stored.{table} AS {' UNION ALL BY NAME '.join(there)}")
 
     def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
         connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
@@ -260,6 +280,12 @@ class StoredSweep:
             f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
             "FROM (SELECT * FROM stored.ended UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
         )
+
+
+def _floats(vectors: pa.ChunkedArray, dtypes: pa.ChunkedArray) -> pa.Array:
+    """Arrays that are kept as bytes, as lists of float32."""
+    pairs = zip(vectors.to_pylist(), dtypes.to_pylist(), strict=True)
+    return pa.array([unpacked(content, dtype) for content, dtype in pairs], pa.list_(pa.float32()))
 
 
 def _why(error: duckdb.Error) -> str:

@@ -143,7 +143,13 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("step", "integer", "", "new token that the state predicted, from 0; null unless generated"),
         Column("layer", "integer", "", "block, from 0"),
         Column("site", "text", "", "before or after the block, or what its attention or its mlp adds"),
-        Column("vector", "real32[]", "residual-stream units", "the hidden state"),
+        Column("dtype", "text", "", "of the numbers in `vector` in the file: float16 or float32"),
+        Column(
+            "vector",
+            "array",
+            "residual-stream units",
+            "the hidden state: a list in SQL; in the file its numbers as bytes, the lowest first",
+        ),
     ),
     "artifacts": (
         _SPEC,
@@ -153,5 +159,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("bytes", "integer", "bytes", "size of the file"),
     ),
 }
+ROW_GROUPS_BY = {"activations": "layer"}
+"""Column of a table whose values have row groups of their own, so that one is read without the others."""
 RESULT_TABLES = ("metrics", "items", "completions", "scores", "vectors", "activations", "artifacts")
 """Tables whose rows are keyed by spec: workers write all but `scores`, which `steersweep score` adds to."""

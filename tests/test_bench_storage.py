@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import activations
 from benchmarks.filling import METRICS, OBJECTIVES, fill
 from benchmarks.storage import answer
 from storage import compaction
@@ -73,3 +76,13 @@ def test_a_dose_response_is_the_mean_over_its_trials(filled: Path) -> None:
     assert one["trials"] == len(there)
     assert one["mean"] == pytest.approx(sum(there) / len(there))
     assert (one["least"], one["most"]) == pytest.approx((min(there), max(there)))
+
+
+def test_states_that_are_kept_are_those_that_were_given_and_one_layer_is_read_alone(tmp_path: Path) -> None:
+    states = np.random.default_rng(0).normal(size=(5, 2 * activations.PROMPT, 8)).astype(np.float16)
+    path = activations.write(tmp_path, states, times=2)
+    assert activations.layer_share(path, 3) == pytest.approx(1 / 5, rel=0.05)
+    read = pq.read_table(path, filters=[("layer", "==", 3)])
+    kept = np.stack([np.frombuffer(each, np.float16) for each in read["vector"].to_pylist()])
+    np.testing.assert_array_equal(kept, np.concatenate([states[3]] * 2))
+    assert read["item"].to_pylist() == [item for item in range(4) for _ in range(activations.PROMPT)]

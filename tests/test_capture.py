@@ -466,6 +466,12 @@ def rows_written(context: Artifacts, table: str) -> list[dict[str, Any]]:
     return found
 
 
+def assert_kept(vectors: np.ndarray, expected: torch.Tensor) -> None:
+    """States as they are kept, to the precision of a half."""
+    assert vectors.dtype == np.float16
+    np.testing.assert_allclose(vectors.astype(np.float64), expected.numpy(), rtol=2e-3, atol=1e-4)
+
+
 class TestJob:
     def run(self, values: Mapping[str, Any], *others: Mapping[str, Any]) -> tuple[Artifacts, list[Outcome]]:
         context = Artifacts(tiny_replica("llama"))
@@ -483,7 +489,7 @@ class TestJob:
         for row in rows:
             ids = context.replica.encode_chat(texts[row["item"]])
             expected = alone(context.replica, ids)[0][Place(row["layer"], "after")][-1]
-            assert_close(torch.tensor(row["vector"]), expected)
+            assert_kept(row["vector"], expected)
             assert (row["name"], row["position"], row["step"]) == ("-1", len(ids) - 1, None)
             assert (row["site"], row["label"]) == ("after", None)
             assert row["split"] == ("report" if row["item"] == 1 else "select")
@@ -518,7 +524,7 @@ class TestJob:
             own = [row for row in rows if (row["item"], row["label"]) == (item, label)]
             expected = alone(context.replica, context.replica.encode(text))[0][Place(1, "after")]
             assert [row["position"] for row in own] == list(range(len(expected)))
-            assert_close(torch.tensor(np.stack([row["vector"] for row in own])), expected)
+            assert_kept(np.stack([row["vector"] for row in own]), expected)
         assert outcome.metrics.keys() == {"select"}
         lengths = [len(context.replica.encode(text)) for text in texts.values()]
         assert outcome.metrics["select"]["vectors"] == len(rows) == sum(lengths)
@@ -557,7 +563,7 @@ class TestJob:
                         == (number, 2, step, layer, site)
                     ]
                     assert (row["name"], row["position"]) == (GENERATED, prompt - 1 + step)
-                    assert_close(torch.tensor(row["vector"]), expected[Place(layer, site)][-1])
+                    assert_kept(row["vector"], expected[Place(layer, site)][-1])
                 text.append(token)
                 completion.append(token)
             assert texts[number, 2] == context.replica.decode(completion)
@@ -570,7 +576,7 @@ class TestJob:
         for row in rows:
             ids = context.replica.encode(["Hello.", "Why is it so?", "Tell me."][row["item"]])
             expected = alone(context.replica, ids)[0][Place(3, "after")].mean(dim=0)
-            assert_close(torch.tensor(row["vector"]), expected)
+            assert_kept(row["vector"], expected)
 
     @pytest.mark.parametrize("chat", [True, False])
     def test_a_span_is_captured_under_the_name_of_its_column(self, tmp_path: Path, chat: bool) -> None:
@@ -596,7 +602,7 @@ class TestJob:
             assert len(said.strip()) == len(subject)
             assert {row["name"] for row in own} == {"subject"}
             expected = alone(context.replica, ids)[0][Place(2, "after")][positions]
-            assert_close(torch.tensor(np.stack([row["vector"] for row in own])), expected)
+            assert_kept(np.stack([row["vector"] for row in own]), expected)
 
     def test_a_span_that_does_not_stand_once_in_its_prompt_is_refused_before_anything_runs(
         self, data: dict[str, str], tmp_path: Path
@@ -621,7 +627,22 @@ class TestJob:
         wanted = Wanted(layers=[3], positions=from_end(prompts, [1]))
         for item, found in enumerate(captured(context.replica, wanted, rows, prompts=prompts)):
             [row] = [row for row in rows_written(context, "activations") if row["item"] == item]
-            assert_close(torch.tensor(row["vector"])[None], found.states[Place(3, "after")])
+            assert_kept(row["vector"][None], found.states[Place(3, "after")])
+
+    def test_states_too_large_for_a_half_are_kept_in_float32(
+        self, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        large = np.full(HIDDEN, 1e5)
+        monkeypatch.setattr(
+            "jobs.capture.interventions",
+            lambda context, params, extraction: [] if params.is_unsteered else [Add(layer=1, vector=large)],
+        )
+        common = {**data, "capture_layers": [1]}
+        context, _ = self.run(common, {**common, "layer": 1, "dose": 1.0})
+        dtypes = {(row["row"], row["vector"].dtype) for row in rows_written(context, "activations")}
+        assert dtypes == {(0, np.dtype("float16")), (1, np.dtype("float32"))}
+        exact, _ = self.run({**common, "stored_as": "float32"})
+        assert {row["vector"].dtype for row in rows_written(exact, "activations")} == {np.dtype("float32")}
 
     @pytest.mark.parametrize("offsets", [[1], []])
     def test_a_row_whose_states_are_not_finite_fails_alone(
@@ -666,9 +687,9 @@ class TestJob:
             ({"offsets": []}, "capture nothing"),
             ({"capture_layers": [1, 1]}, r"capture_layers=\(1, 1\); each once"),
             ({"capture_layers": [-1]}, "layers are counted from 0"),
-            ({"capture_layers": "some"}, "capture_layers='some' is a str"),
-            ({"capture_layers": [1.5]}, r"capture_layers=\[1.5\] is a list"),
-            ({"capture_sites": ["norm"]}, r"capture_sites=\['norm'\] is a list; it takes .*'attention'"),
+            ({"capture_layers": "some"}, "capture_layers='some'; it takes a list"),
+            ({"capture_layers": [1.5]}, r"capture_layers=\[1.5\]; it takes a list"),
+            ({"capture_sites": ["norm"]}, r"capture_sites=\['norm'\]; it takes .*'attention'"),
             ({"offsets": [0]}, "counted from the end"),
             ({"max_new_tokens": -1}, "max_new_tokens=-1; it takes 0 or more"),
             ({"dose": math.nan}, "finite"),
