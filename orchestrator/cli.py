@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from jobs import catalog
 from jobs.errors import DoesNotFit, ModelError, SpecError, SteersweepError
-from orchestrator import judged, kept, shipped
+from orchestrator import kept, shipped, speaking
 from orchestrator.kept import Folder
 from orchestrator.printing import Json, print_json, print_pareto, print_plan, print_reasons, say
 from storage.durable import StoreError
@@ -257,7 +257,7 @@ _LOOK = (
     *(kept.status, kept.show, kept.compare, kept.replay, kept.pareto),
     *(kept.query, kept.files, kept.logs, kept.doctor),
 )
-_WRITE = (judged.score, judged.label, kept.vectors, kept.report, kept.ui)
+_WRITE = (speaking.score, speaking.label, speaking.chat, kept.vectors, kept.report, kept.ui)
 for command in (*_LOOK, *_WRITE):
     app.command()(command)
 app.command("jobs")(shipped.list_jobs)

@@ -163,6 +163,12 @@ def print_drift(found: Mapping[str, Any]) -> None:
     )
 
 
+def shown(text: str) -> str:
+    """Text of a model as it stands, with nothing that a terminal obeys but new lines."""
+    allowed = (each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+    return "".join(allowed)
+
+
 def _one_line(text: str) -> str:
     """Text of a model on one line, with nothing that a terminal obeys."""
     return repr(text)

@@ -5,18 +5,20 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jobs.errors import OutOfMemory, SpecError
-from jobs.spec import Spec
+from jobs.spec import ModelRef, Spec
 from orchestrator.config import RunConfig
 from orchestrator.intake import Planned, make_order
 from orchestrator.planning import Planner
 from orchestrator.worker import Worker, device_of
 from orchestrator.workload import required, tokens_of
 from storage.artifacts import Artifact
-from storage.parquet import TableFile
+from storage.donors import Donors
+from storage.parquet import TableFile, read_rows
 
 
 class Pace(NamedTuple):
@@ -76,20 +78,11 @@ def measure(planner: Planner, packs: Sequence[Sequence[Spec]], config: RunConfig
         ModelError: If the model cannot be loaded.
     """
     first, pack = _cheapest(packs)
-    importlib.import_module("torch").set_num_threads(config.cpus_per_worker)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        worker = Worker(
-            Path(folder),
-            first.model,
-            device=device_of(config.gpus_per_worker),
-            token_budget=config.token_budget,
-            memory=config.memory,
-        )
+    began = time.perf_counter()
+    with probing(planner, config, first.model, Donors(())) as probe:
         loading_seconds = time.perf_counter() - began
-        probe = Probe(worker, planner)
-        for spec in (*required(planner, first), first):
-            probe.run([spec])
+        probe.prepare(first)
+        probe.run([first])
         alone = probe.runs[-1].seconds
         left = seconds - (time.perf_counter() - began)
         ready = [spec for spec in pack if probe.has_all_of(spec)][: config.max_pack]
@@ -104,38 +97,70 @@ def _cheapest(packs: Sequence[Sequence[Spec]]) -> tuple[Spec, Sequence[Spec]]:
     return min(((spec, pack) for pack in packs for spec in pack), key=lambda each: tokens_of(each[0]))
 
 
+@contextmanager
+def probing(planner: Planner, config: RunConfig, model: ModelRef, donors: Donors) -> Iterator["Probe"]:
+    """Inside the block there is a worker on this machine, in a folder that is removed afterwards.
+
+    Args:
+        planner: Knows what specs require.
+        config: How they are run.
+        model: The weights.
+        donors: Whose artifacts are taken.
+
+    Raises:
+        ModelError: If the model cannot be loaded.
+    """
+    importlib.import_module("torch").set_num_threads(config.cpus_per_worker)
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Worker(
+            Path(folder),
+            model,
+            device=device_of(config.gpus_per_worker),
+            token_budget=config.token_budget,
+            memory=config.memory,
+        )
+        yield Probe(worker, planner, donors, Path(folder))
+
+
 class Probe:
     """A worker that is given one pack after the other, and keeps their artifacts.
 
     Args:
         worker: Whoever runs them.
         planner: Knows what specs require.
+        donors: Whose artifacts are taken.
+        folder: The worker's.
 
     Attributes:
         runs: What was run so far.
-        files: Tables that were written.
-        device: Where the last of them ran.
+        folder: The worker's.
+        device: Where the last pack ran.
     """
 
-    def __init__(self, worker: Worker, planner: Planner) -> None:
+    def __init__(self, worker: Worker, planner: Planner, donors: Donors, folder: Path) -> None:
         self._worker = worker
         self._planner = planner
+        self._donors = donors
         self._artifacts: dict[str, Artifact] = {}
+        self._files: list[TableFile] = []
+        self.folder = folder
         self.runs: list[Ran] = []
-        self.files: list[TableFile] = []
         self.device = ""
 
-    def take(self, spec: Spec, artifact: Artifact) -> None:
-        """Have a prerequisite that was made elsewhere; its file must lie in the worker's folder."""
-        self._artifacts[spec.id] = artifact
-
-    def has(self, spec: Spec) -> bool:
-        """Whether a prerequisite is there."""
-        return spec.id in self._artifacts
+    def prepare(self, spec: Spec) -> None:
+        """Have all that a spec requires: from the donors, or else by running it. Raises as `run` does."""
+        for need in required(self._planner, spec):
+            if need.id not in self._artifacts and (found := self._donors.give(need, self.folder)):
+                self._artifacts[need.id] = found.artifact
+            self.run([need])
 
     def has_all_of(self, spec: Spec) -> bool:
         """Whether all that a spec requires is there."""
-        return all(map(self.has, self._planner.needs(spec).values()))
+        return all(need.id in self._artifacts for need in self._planner.needs(spec).values())
+
+    def rows(self, table: str, spec: Spec) -> list[dict[str, Any]]:
+        """What a spec that was run has written to a table."""
+        return [row for row in read_rows(self.folder, table, self._files) if row["spec"] == spec.id]
 
     def run(self, specs: Sequence[Spec]) -> None:
         """Run a pack whose prerequisites are there, unless it is a prerequisite that is there itself.
@@ -144,7 +169,7 @@ class Probe:
             OutOfMemory: If it does not fit.
             SpecError: If it, or a row of it, fails.
         """
-        if all(map(self.has, specs)):
+        if all(spec.id in self._artifacts for spec in specs):
             return
         job = specs[0].job
         rows = [Planned(spec, self._planner.needs(spec)) for spec in specs]
@@ -161,7 +186,7 @@ class Probe:
                     raise SpecError(f"{job} fails with {dict(specs[0].params)}: {result.reason}")
             kept = {row.spec: row.artifact for row in delivery.finished if row.artifact is not None}
             self._artifacts.update(kept)
-            self.files += delivery.part.files
+            self._files += delivery.part.files
             written += sum(file.bytes for file in delivery.part.files)
             written += sum(artifact.bytes for artifact in kept.values())
         seconds = time.perf_counter() - began

@@ -1,9 +1,7 @@
 """One trial of a sweep once more, and what came out otherwise."""
 
-import importlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,9 @@ from jobs.errors import SpecError
 from jobs.spec import Spec, spec_differences
 from orchestrator.lineage import stored_specs
 from orchestrator.planning import Planner
-from orchestrator.probe import Probe
+from orchestrator.probe import probing
 from orchestrator.reopening import load_kept
-from orchestrator.worker import Worker, device_of
-from orchestrator.workload import required
 from storage.donors import Donors
-from storage.parquet import read_rows
 from storage.query import StoredSweep, open_sweep
 
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6
@@ -54,25 +49,11 @@ def replay(folder: Path, trial: int, *, takes_stored: bool = True) -> dict[str, 
     config = config.pinned()
     planner = Planner(file.space, config)
     now = planner.spec(json.loads(row["params"]))
-    importlib.import_module("torch").set_num_threads(config.cpus_per_worker)
-    donors = Donors([folder] if takes_stored else [])
-    with tempfile.TemporaryDirectory() as place:
-        worker = Worker(
-            Path(place),
-            now.model,
-            device=device_of(config.gpus_per_worker),
-            token_budget=config.token_budget,
-            memory=config.memory,
-        )
-        probe = Probe(worker, planner)
-        for need in required(planner, now):
-            if not probe.has(need) and (found := donors.give(need, Path(place))):
-                probe.take(need, found.artifact)
-            probe.run([need])
+    with probing(planner, config, now.model, Donors([folder] if takes_stored else [])) as probe:
+        probe.prepare(now)
         probe.run([now])
-        tables = {name: read_rows(Path(place), name, probe.files) for name in ("metrics", "completions")}
-    own = {name: [each for each in rows if each["spec"] == now.id] for name, rows in tables.items()}
-    return {"trial": trial, "device": probe.device, **_drift(sweep, then, now, own)}
+        tables = {name: probe.rows(name, now) for name in ("metrics", "completions")}
+    return {"trial": trial, "device": probe.device, **_drift(sweep, then, now, tables)}
 
 
 def _drift(

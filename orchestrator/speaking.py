@@ -1,13 +1,14 @@
-"""Commands that judge what a sweep's texts say: scorers, and people."""
+"""Commands about what a sweep's models say: scorers, people's labels, conversations."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from jobs.errors import SpecError
-from orchestrator.printing import Json, print_json, print_table, say
+from orchestrator.printing import Json, print_json, print_table, say, shown
 from orchestrator.shipped import list_scorers
 
 
@@ -85,6 +86,46 @@ def label(
         print_json(found)
     else:
         _print_labels(found)
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")],
+    trial: Annotated[int, typer.Argument(min=0, help="Number of the trial.")],
+    vector: Annotated[int | None, typer.Option(min=0, help="Which vector of a learned set, from 0.")] = None,
+    dose: Annotated[
+        float | None,
+        typer.Option(help="In place of the trial's dose or multiplier; of a set, times its norm."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that a reply may have.")] = 200,
+    messages: Annotated[
+        list[str] | None, typer.Option("--say", help="Say this and end; several times for several messages.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to the model as a trial steers it, beside the unsteered one; an empty line ends it."""
+    from orchestrator.chatting import chat as talk
+
+    with talk(folder, trial, vector=vector, strength=dose, most=tokens) as conversation:
+        for message in messages or _typed():
+            replies = conversation.say(message)
+            if as_json:
+                print_json({"user": message, **replies})
+                continue
+            for kind, text in replies.items():
+                say(f"{kind}> {shown(text)}")
+    if conversation.transcript.exists():
+        sys.stderr.write(f"kept in {conversation.transcript}\n")
+
+
+def _typed() -> Iterator[str]:
+    """Lines that a person types, up to an empty one or the end."""
+    while True:
+        sys.stderr.write("you> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
 
 
 def _print_labels(found: Mapping[str, Any]) -> None:
