@@ -1,4 +1,4 @@
-"""When a sweep has cost enough: hours, device hours, or a front that hardly grows any more."""
+"""When a sweep has cost enough: hours, device hours, disk, or a front that hardly grows any more."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +26,7 @@ class Budget:
         config: The limits.
         objectives: What the front is made of.
         spent_seconds: Busy seconds of all workers in earlier runs of the sweep.
+        kept_bytes: What its tables and artifacts take so far.
         clock: Gives s, never backwards.
     """
 
@@ -35,12 +36,14 @@ class Budget:
         objectives: Sequence[Objective],
         *,
         spent_seconds: float = 0.0,
+        kept_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._directions = [objective.direction for objective in objectives]
         self._devices = max(1.0, config.gpus_per_worker)
         self._hours = spent_seconds * self._devices / 3600
+        self._bytes = kept_bytes
         self._clock = clock
         self._began = self._checked = clock()
         self._seen: list[tuple[float, Sequence[float]]] = []
@@ -48,6 +51,10 @@ class Budget:
     def spend(self, seconds: float) -> None:
         """A worker was busy for so long."""
         self._hours += seconds * self._devices / 3600
+
+    def keep(self, content_bytes: int) -> None:
+        """So much more was written."""
+        self._bytes += content_bytes
 
     def observe(self, values: Sequence[float]) -> None:
         """A trial has completed with these objectives."""
@@ -60,6 +67,8 @@ class Budget:
             return f"{config.budget_hours:g} hours are over (budget_hours)"
         if config.budget_device_hours is not None and self._hours >= config.budget_device_hours:
             return f"{self._hours:.3g} device hours are spent (budget_device_hours)"
+        if config.budget_disk_gib is not None and self._bytes >= config.budget_disk_gib * 2**30:
+            return f"{self._bytes / 2**30:.3g} GiB of disk are taken (budget_disk_gib)"
         if config.least_gain is None or now - self._checked < _CHECK_SECONDS:
             return None
         self._checked = now

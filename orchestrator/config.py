@@ -47,6 +47,8 @@ class RunConfig(BaseModel):
             `gpus_per_worker` (or 1 where that is 0).
         least_gain: No further pack is started once the hypervolume of the front grows by less than this share
             of itself a device hour; None = never.
+        budget_disk_gib: No further pack is started once tables and artifacts of the sweep take so many GiB;
+            None = never.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder,
             or on this machine where that is on a network file system.
         storage: URL of a PostgreSQL database for Optuna's study, such as `postgresql://me@host/studies`; None
@@ -80,6 +82,7 @@ class RunConfig(BaseModel):
     budget_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     budget_device_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_gain: float | None = Field(None, gt=0, allow_inf_nan=False)
+    budget_disk_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     mlflow: str | None = None
     storage: str | None = None
     results: str | None = None

@@ -26,7 +26,7 @@ Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `r
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
-    """How many trials wait, run, have completed, were infeasible, failed, and who drives the sweep now."""
+    """How many trials wait, run, have completed, were infeasible, failed; who drives it, or why it ended."""
     from storage.lock import driver
     from storage.query import open_sweep
 
@@ -34,12 +34,15 @@ def status(folder: Folder, as_json: Json = False) -> None:
     failures = sweep.rows("SELECT trial, reason FROM trials WHERE state = 'failed' ORDER BY trial LIMIT 20")
     counts = sweep.counts()
     trials = sweep.identity.get("trials")
+    ends = sweep.rows("SELECT detail FROM events WHERE kind = 'driver ended' ORDER BY time DESC LIMIT 1")
+    driven_by = driver(folder)
     summary = {
         "sweep": sweep.identity["sweep"],
         "trials": trials,
         "unproposed": None if trials is None else max(0, trials - sum(counts.values())),
         **counts,
-        "driver": driver(folder),
+        "driver": driven_by,
+        "ended": ends[0]["detail"] if ends and driven_by is None else None,
     }
     if as_json:
         print_json({**summary, "failures": failures})

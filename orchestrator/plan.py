@@ -1,6 +1,7 @@
 """What a sweep would take: counted on its proposals, timed on its model, refused if it cannot fit."""
 
 import importlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -42,9 +43,9 @@ def make_plan(
 
     Returns:
         trials; packs; prerequisites, job -> number of specs; tokens, as the jobs' `size` counts them;
-        workers; hours, with all workers at work, and worker_hours; trials_in_budget, how many
-        `budget_hours` is enough for (None without one); weights_gib and peak_gib of a worker; disk_gib,
-        tables and artifacts, and free_disk_gib; device and loading_seconds; measured, job -> its `Pace`.
+        workers; hours, with all workers at work, and worker_hours; trials_in_budget, how many `budget_hours`
+        and `budget_disk_gib` are enough for (None without both); weights_gib and peak_gib of a worker;
+        disk_gib, tables and artifacts, and free_disk_gib; device; loading_seconds; measured, job -> `Pace`.
 
     Raises:
         DoesNotFit: If a worker's weights, or one trial, do not fit into memory, or the results on the disk.
@@ -125,14 +126,18 @@ def _plan(
 ) -> dict[str, Any]:
     seconds = sum(_seconds(work, _pace(job, measured)) for job, work in works.items())
     disk = sum(work.specs * _pace(job, measured).row_bytes for job, work in works.items())
-    if disk > free_disk:
+    if min(disk, (config.budget_disk_gib or math.inf) * _GIB) > free_disk:
         raise DoesNotFit(
             f"tables and artifacts of {trials} trials take about {disk / _GIB:.1f} GiB, and "
             f"{free_disk / _GIB:.1f} are free; give another --out, fewer trials, or a job that keeps less"
         )
     worker_hours = seconds / 3600
     hours = measured.loading_seconds / 3600 + worker_hours / config.workers
-    budget = config.budget_hours
+    shares = [
+        limit / needed
+        for limit, needed in ((config.budget_hours, hours), (config.budget_disk_gib, disk / _GIB))
+        if limit is not None and needed
+    ]
     return {
         "trials": trials,
         "packs": round(sum(work.packs for work in works.values())),
@@ -141,7 +146,7 @@ def _plan(
         "workers": config.workers,
         "hours": hours,
         "worker_hours": worker_hours,
-        "trials_in_budget": None if budget is None else min(trials, int(trials * budget / hours)),
+        "trials_in_budget": int(trials * min(1.0, *shares)) if shares else None,
         "weights_gib": weights / _GIB,
         "peak_gib": measured.peak_bytes / _GIB,
         "disk_gib": disk / _GIB,

@@ -94,7 +94,9 @@ class Sweep:
         self._scheduler = Scheduler(max_attempts=config.max_attempts)
         self._tally = Tally(total=trials)
         busy = busy_seconds(self._store.rows("attempts"))
-        self._budget = Budget(config, space.objectives, spent_seconds=busy)
+        kept = sum(file.bytes for file in self._store.files())
+        kept += sum(row["bytes"] for row in self._store.rows("artifacts"))
+        self._budget = Budget(config, space.objectives, spent_seconds=busy, kept_bytes=kept)
         self._results = Results(self._store, space, sampler, self._tally, self._budget, on_result, remote)
         self._intake = Intake(
             space,
@@ -118,6 +120,7 @@ class Sweep:
             SteersweepError: If the work cannot go on; everything accepted so far stays.
         """
         self._take_up()
+        self._check_stop()
         if has_work := not self._is_over():
             self._note_start()
         try:
@@ -360,6 +363,8 @@ class Sweep:
         run.latest = max((row.at for row in finished), default=time.time())
         taken = max(0.0, run.latest - since)  # clocks of other machines are others, and clocks jump
         self._budget.spend(taken)
+        self._budget.keep(sum(file.bytes for file in part.files))
+        self._budget.keep(sum(row.artifact.bytes for row in finished if row.artifact is not None))
         results = (*part.results, *self._intake.ended(part.results))
         self._results.accept(
             Part(part.files, results),

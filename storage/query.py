@@ -187,7 +187,8 @@ class StoredSweep:
         values = np.column_stack([found[each["metric"]].to_numpy() for each in objectives]).astype(float)
         kept = found["trial"].to_numpy()[front(values, [each["direction"] for each in objectives])]
         connection.execute("CREATE TABLE stored.front (trial BIGINT)")
-        connection.executemany("INSERT INTO stored.front VALUES (?)", [[trial] for trial in kept.tolist()])
+        if len(kept):
+            connection.executemany("INSERT INTO stored.front VALUES (?)", [[each] for each in kept.tolist()])
         order = f"{identifier(objectives[0]['metric'])} {_BEST_FIRST[objectives[0]['direction']]}"
         params = "".join(f"{identifier(name)}, " for name in self.identity["parameters"])
         connection.execute(

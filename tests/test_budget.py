@@ -13,9 +13,12 @@ from optuna._hypervolume import compute_hypervolume
 from jobs.errors import SpecError
 from orchestrator.budget import Budget, busy_seconds
 from orchestrator.config import RunConfig, make_config
+from orchestrator.progress import Tally
 from search_spaces.base import Grid, Objective
 from storage.front import hypervolume
-from tests.sweeps import drive, make_space, trials_of
+from storage.store import Store
+from tests import sweeps
+from tests.sweeps import drive, make_space, prepare, trials_of
 
 OBJECTIVES = [Objective(metric="a", direction="maximize"), Objective(metric="b", direction="minimize")]
 
@@ -118,6 +121,37 @@ def test_a_pack_is_busy_once_however_many_rows_it_has() -> None:
         {"attempt": "b", "started": 11.0, "finished": 12.0},
     ]
     assert busy_seconds(rows) == 6.0
+
+
+def test_disk_is_counted_with_what_was_there() -> None:
+    config = RunConfig(budget_disk_gib=0.5)
+    found = Budget(config, [], kept_bytes=2**28, clock=Clock())
+    assert found.spent() is None
+    found.keep(2**28 - 1)
+    assert found.spent() is None
+    found.keep(1)
+    assert found.spent() == "0.5 GiB of disk are taken (budget_disk_gib)"
+
+
+def test_a_sweep_stops_where_its_files_take_as_much_as_they_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = make_space({"x": Grid(list(range(1, 21)))})
+
+    def driven(limit: int) -> Tally:
+        with monkeypatch.context() as limited:
+            limits = {"budget_disk_gib": limit / 2**30}
+            limited.setattr(sweeps, "prepare", lambda *a, **k: prepare(*a, **k).model_copy(update=limits))
+            return drive(tmp_path, space, trials=20, workers=1, max_pack=2).tally
+
+    first = driven(20_000)
+    assert 0 < first.done < 20
+    assert "budget_disk_gib" in first.stopping
+    files = sum(file.bytes for file in Store(tmp_path).files())
+    assert 20_000 <= files < 40_000
+    again = driven(20_000)
+    assert (again.done, again.stopping) == (first.done, first.stopping), "it is spent before anything runs"
+    assert driven(2**30).done == 20
 
 
 def test_a_sweep_whose_budget_is_spent_sees_what_runs_to_its_end_and_goes_on_with_another(

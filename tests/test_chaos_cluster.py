@@ -162,9 +162,8 @@ def check_consistent(folder: Path) -> None:
     assert json.loads(doctor.stdout)["consistent"]
 
 
-@pytest.mark.parametrize(
-    ("seed", "kills"), [(0, 3), *(pytest.param(seed, 54, marks=pytest.mark.chaos) for seed in range(1, 5))]
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize(("seed", "kills"), [(0, 3), *((seed, 54) for seed in range(1, 5))])
 def test_workers_that_are_killed_at_random_cost_time_and_nothing_else(
     place: Path, seed: int, kills: int, record_property: Record
 ) -> None:

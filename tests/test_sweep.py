@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from jobs.errors import SpecError
 from jobs.spec import Status
 from orchestrator import worker as worker_module
 from orchestrator.budget import busy_seconds
+from orchestrator.cli import app
 from orchestrator.interrupts import stoppable
 from orchestrator.lineage import stored_specs
 from orchestrator.progress import Tally, describe
@@ -573,6 +576,8 @@ class TestEvents:
         assert starts[1].endswith(f"{done} of 12 trials have ended; 2 workers")
         ends = [row["detail"] for row in events if row["kind"] == "driver ended"]
         assert (ends[0].split(":")[0], ends[1]) == ("Stopped", "all trials have ended")
+        said = json.loads(CliRunner().invoke(app, ["status", str(tmp_path), "--json"]).stdout)
+        assert (said["driver"], said["ended"]) == (None, "all trials have ended")
         [lost] = [row for row in events if row["kind"] == "worker lost"]
         assert lost["worker"] in {row["worker"] for row in events if row["kind"] == "worker ready"}
 

@@ -1,6 +1,7 @@
 """Ready-made views and the sweep's Python face, against plain loops over the same rows."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ def test_the_front_is_that_of_the_plain_function_with_its_parameters(sweep: Stor
     counted = sweep.rows("WITH x AS (SELECT * FROM PARETO) SELECT count(*) AS number FROM x")
     assert counted == [{"number": len(expected)}]
     assert sweep.rows("SELECT 'pareto' AS word") == [{"word": "pareto"}]
+
+
+def test_a_sweep_without_results_has_an_empty_front(tmp_path: Path) -> None:
+    empty = write_sweep(tmp_path, [], objectives={"total": "maximize"}, parameters={"x": "BIGINT"})
+    assert empty.pareto().num_rows == 0
+    assert empty.pareto().column_names == ["trial", "x", "chosen_on", "total", "total_report"]
 
 
 def test_items_that_go_against_the_rest_are_those_of_a_plain_regression(sweep: StoredSweep) -> None:
