@@ -26,7 +26,6 @@ class Budget:
         config: The limits.
         objectives: What the front is made of.
         spent_seconds: Busy seconds of all workers in earlier runs of the sweep.
-        kept_bytes: What its tables and artifacts take so far.
         clock: Gives s, never backwards.
     """
 
@@ -36,14 +35,12 @@ class Budget:
         objectives: Sequence[Objective],
         *,
         spent_seconds: float = 0.0,
-        kept_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._directions = [objective.direction for objective in objectives]
         self._devices = max(1.0, config.gpus_per_worker)
         self._hours = spent_seconds * self._devices / 3600
-        self._bytes = kept_bytes
         self._clock = clock
         self._began = self._checked = clock()
         self._seen: list[tuple[float, Sequence[float]]] = []
@@ -52,23 +49,23 @@ class Budget:
         """A worker was busy for so long."""
         self._hours += seconds * self._devices / 3600
 
-    def keep(self, content_bytes: int) -> None:
-        """So much more was written."""
-        self._bytes += content_bytes
-
     def observe(self, values: Sequence[float]) -> None:
         """A trial has completed with these objectives."""
         self._seen.append((self._hours, values))
 
-    def spent(self) -> str | None:
-        """Why the sweep should stop; None if it may go on. Looks at the front now and then only."""
+    def spent(self, kept_bytes: int = 0) -> str | None:
+        """Why the sweep should stop; None if it may go on. Looks at the front now and then only.
+
+        Args:
+            kept_bytes: What its tables and artifacts take.
+        """
         config, now = self._config, self._clock()
         if config.budget_hours is not None and now - self._began >= 3600 * config.budget_hours:
             return f"{config.budget_hours:g} hours are over (budget_hours)"
         if config.budget_device_hours is not None and self._hours >= config.budget_device_hours:
             return f"{self._hours:.3g} device hours are spent (budget_device_hours)"
-        if config.budget_disk_gib is not None and self._bytes >= config.budget_disk_gib * 2**30:
-            return f"{self._bytes / 2**30:.3g} GiB of disk are taken (budget_disk_gib)"
+        if config.budget_disk_gib is not None and kept_bytes >= config.budget_disk_gib * 2**30:
+            return f"{kept_bytes / 2**30:.3g} GiB of disk are taken (budget_disk_gib)"
         if config.least_gain is None or now - self._checked < _CHECK_SECONDS:
             return None
         self._checked = now

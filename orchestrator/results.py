@@ -55,6 +55,7 @@ class Results:
 
     Attributes:
         artifacts: Spec -> its artifact, for those whose file is there.
+        artifact_bytes: What they take.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Results:
         self.artifacts = {
             spec: artifact for spec, artifact in stored.items() if (store.folder / artifact.path).is_file()
         }
+        self.artifact_bytes = sum(artifact.bytes for artifact in self.artifacts.values())
         self._lost = stored.keys() - self.artifacts.keys()
         self._ended: set[int] = set()
         self._new = _New()
@@ -116,6 +118,7 @@ class Results:
         for row in finished:
             if row.artifact is not None:
                 self.artifacts[row.spec] = row.artifact
+                self.artifact_bytes += row.artifact.bytes
             if row.metrics is not None:
                 self._metrics[row.spec] = {name: row.metrics[name] for name in wanted if name in row.metrics}
 
@@ -201,6 +204,7 @@ class Results:
         specs = [] if self.of(spec.id) else [spec_row(spec)]
         self._store.commit([Part((), results)], artifacts=[row], attempts=[attempt], specs=specs)
         self.artifacts[spec.id] = kept
+        self.artifact_bytes += kept.bytes
         return True
 
     def _judged(self, result: StoredResult) -> StoredResult:

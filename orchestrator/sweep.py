@@ -94,9 +94,7 @@ class Sweep:
         self._scheduler = Scheduler(max_attempts=config.max_attempts)
         self._tally = Tally(total=trials)
         busy = busy_seconds(self._store.rows("attempts"))
-        kept = sum(file.bytes for file in self._store.files())
-        kept += sum(row["bytes"] for row in self._store.rows("artifacts"))
-        self._budget = Budget(config, space.objectives, spent_seconds=busy, kept_bytes=kept)
+        self._budget = Budget(config, space.objectives, spent_seconds=busy)
         self._results = Results(self._store, space, sampler, self._tally, self._budget, on_result, remote)
         self._intake = Intake(
             space,
@@ -191,7 +189,8 @@ class Sweep:
 
     def _check_stop(self) -> None:
         if not self._tally.stopping:
-            why = _ASKED_TO_STOP if self._is_asked_to_stop() else self._budget.spent()
+            kept = self._store.bytes + self._results.artifact_bytes
+            why = _ASKED_TO_STOP if self._is_asked_to_stop() else self._budget.spent(kept)
             if why is not None:
                 self._tally.stopping = why
                 self._pool.drain()
@@ -363,8 +362,6 @@ class Sweep:
         run.latest = max((row.at for row in finished), default=time.time())
         taken = max(0.0, run.latest - since)  # clocks of other machines are others, and clocks jump
         self._budget.spend(taken)
-        self._budget.keep(sum(file.bytes for file in part.files))
-        self._budget.keep(sum(row.artifact.bytes for row in finished if row.artifact is not None))
         results = (*part.results, *self._intake.ended(part.results))
         self._results.accept(
             Part(part.files, results),

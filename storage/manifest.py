@@ -62,6 +62,7 @@ class Manifest:
         replaced: Path of a file whose rows are in another now, and which may still be there -> since when, s
             since 1970.
         recent: Entries since the latest checkpoint.
+        bytes: What the visible files take.
 
     Raises:
         StoreError: If an entry is gone, is not what was written, or was written by a newer version.
@@ -81,6 +82,7 @@ class Manifest:
         self._removable: dict[str, float] = {}
         if checkpoints:
             self._take_checkpoint(checkpoints[-1])
+        self.bytes = sum(file.bytes for file in self.files.values())
         for number in range(checkpoints[-1] + 1 if checkpoints else 0, self._next):
             self._apply(_read_entry(_entry_path(self._place, number)))
 
@@ -101,9 +103,11 @@ class Manifest:
         if entry.withdrawn:
             self.void += self._rows_of(entry.withdrawn)
         for path in entry.replaced:
-            self.files.pop(path, None)
+            if (gone := self.files.pop(path, None)) is not None:
+                self.bytes -= gone.bytes
             self.replaced[path] = time.time()
         self.files.update((file.path, file) for file in entry.files)
+        self.bytes += sum(file.bytes for file in entry.files)
         self.recent.append(entry)
 
     def _rows_of(self, specs: Iterable[str]) -> list[tuple[int, float]]:

@@ -63,6 +63,11 @@ class Store:
         return found
 
     @property
+    def bytes(self) -> int:
+        """What the listed files take."""
+        return self._manifest.bytes
+
+    @property
     def replaced(self) -> set[str]:
         """Paths of files whose rows are in others now; they may still be there."""
         return set(self._manifest.replaced)

@@ -713,6 +713,7 @@ def test_compaction_leaves_every_row_once_and_in_order_for_all_who_read(
     assert rows_of(store) == rows_of(Store(tmp_path)) == rows_of(early_reader) == before
     assert [len(store.files(table)) for table in ("trials", "metrics", "results")] == [1, 1, 1]
     assert Store(tmp_path).results == store.results == early_reader.results
+    assert store.bytes == Store(tmp_path).bytes == sum(file.bytes for file in store.files())
     store.compact()
     assert len(list((tmp_path / "manifest").iterdir())) == 9, "there is nothing to do"
 
