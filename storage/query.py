@@ -1,36 +1,19 @@
-"""SQL over a sweep's visible tables. The only importer of duckdb."""
+"""SQL over a sweep's visible tables. Besides `relations` the only importer of duckdb."""
 
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from jobs.errors import SpecError
 from storage.durable import StoreError
-from storage.front import front
-from storage.ledger import read_open
-from storage.lock import driver
-from storage.parquet import PACKED_SINCE, TableFile, unpacked
-from storage.schema import RESULT_TABLES, ROW_GROUPS_BY, SCHEMA_VERSION, STATES, TABLES
-from storage.scores import scores_of
-from storage.store import Store
-from storage.views import identifier, quoted, views
-
-_SQL_TYPES = {
-    "text": "VARCHAR",
-    "json": "VARCHAR",
-    "integer": "BIGINT",
-    "real": "DOUBLE",
-    "real32[]": "FLOAT[]",
-    "array": "FLOAT[]",
-}
-_BEST_FIRST = {"minimize": "ASC", "maximize": "DESC"}
+from storage.relations import Relations, stores_of
+from storage.schema import STATES, TABLES
 
 
 class StoredSweep:
@@ -60,16 +43,17 @@ class StoredSweep:
         Raises:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
         """
+        relations = Relations(self.folder, self.identity)
         with duckdb.connect(":memory:") as connection:
             try:
-                self._define_views(connection)
+                relations.define(connection)
             except duckdb.Error as error:
                 raise StoreError(
                     f"the tables of {self.folder} cannot be read: {str(error).splitlines()[0]}"
                 ) from error
             try:
                 if self.identity["objectives"] and re.search(r"\bpareto\b", sql, re.IGNORECASE):
-                    self._define_pareto(connection)
+                    relations.define_pareto(connection)
                 statements = connection.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise SpecError("query takes one SELECT statement; the tables cannot be changed")
@@ -132,13 +116,8 @@ class StoredSweep:
         """
         if table not in TABLES:
             raise SpecError(f"no table {table!r}; there are {', '.join(TABLES)}")
-        listed = (file for store in self._stores() for file in store.files(table))
+        listed = (file for store in stores_of(self.folder) for file in store.files(table))
         return [str((self.folder / file.path).resolve()) for file in listed]
-
-    def _stores(self) -> tuple[Store, Store]:
-        """What the driver has written, and what was scored; the former is read later and lacks nothing."""
-        added = scores_of(self.folder)
-        return Store(self.folder), added
 
     def check_trial(self, trial: int) -> None:
         """Raises SpecError if there is no such trial; those that there are are named."""
@@ -155,148 +134,11 @@ class StoredSweep:
         found = {row["state"]: row["trials"] for row in counted}
         return {state: found.get(state, 0) for state in STATES}
 
-    def _define_views(self, connection: duckdb.DuckDBPyConnection) -> None:
-        store, added = self._stores()
-        files = {table: [*store.files(table), *added.files(table)] for table in TABLES}
-        every = self._listed(file for of_table in files.values() for file in of_table)
-        connection.execute(f"SET allowed_paths = {every}")
-        connection.execute("SET enable_external_access = false")
-        connection.execute("CREATE SCHEMA stored")
-        for table in TABLES:
-            self._define_stored(connection, table, files[table])
-        self._define_trials(connection, store)
-        connection.execute("CREATE VIEW attempts AS SELECT * FROM stored.attempts ORDER BY started, attempt")
-        connection.execute("CREATE VIEW events AS SELECT * FROM stored.events ORDER BY time")
-        # What has failed and was tried again is there twice.
-        once = "DISTINCT *" if store.withdrawn_trials() else "*"
-        connection.execute(f"CREATE VIEW specs AS SELECT {once} FROM stored.specs")
-        for table in RESULT_TABLES:
-            connection.execute(
-                f"CREATE VIEW {table} AS SELECT trials.trial, kept.* "
-                f"FROM stored.{table} AS kept LEFT JOIN trials USING (spec)"
-            )
-        for view, select in views(self.identity).items():
-            connection.execute(f"CREATE VIEW {view} AS {select}")
-        connection.execute("SET lock_configuration = true")
-
-    def _define_pareto(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """The front is computed where a question names it: SQL would compare all points with all."""
-        objectives = self.identity["objectives"]
-        columns = ", ".join(identifier(each["metric"]) for each in objectives)
-        found = connection.sql(f"SELECT trial, {columns} FROM points").to_arrow_table().drop_null()
-        values = np.column_stack([found[each["metric"]].to_numpy() for each in objectives]).astype(float)
-        kept = found["trial"].to_numpy()[front(values, [each["direction"] for each in objectives])]
-        connection.execute("CREATE TABLE stored.front (trial BIGINT)")
-        if len(kept):
-            connection.executemany("INSERT INTO stored.front VALUES (?)", [[each] for each in kept.tolist()])
-        order = f"{identifier(objectives[0]['metric'])} {_BEST_FIRST[objectives[0]['direction']]}"
-        params = "".join(f"{identifier(name)}, " for name in self.identity["parameters"])
-        connection.execute(
-            f"CREATE VIEW pareto AS SELECT trial, {params}"
-            f"points.* EXCLUDE (trial) FROM points SEMI JOIN stored.front USING (trial) "
-            f"JOIN trials USING (trial) ORDER BY {order}, trial"
-        )
-
-    def _listed(self, files: Iterable[TableFile]) -> str:
-        """Paths of files as a list in SQL."""
-        return f"[{', '.join(quoted(str((self.folder / file.path).resolve())) for file in files)}]"
-
-    def _define_stored(
-        self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[TableFile]
-    ) -> None:
-        if table in ROW_GROUPS_BY and files:
-            self._define_arrays(connection, table, files)
-            return
-        if not files:
-            typed = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES[table])
-            connection.execute(f"CREATE TABLE stored.{table} ({typed})")
-            return
-        selected, source = "*", f"read_parquet({self._listed(files)})"
-        if any(file.schema < SCHEMA_VERSION for file in files):
-            source = f"read_parquet({self._listed(files)}, union_by_name = true)"
-            there = {name for name, *_ in connection.sql(f"DESCRIBE SELECT * FROM {source}").fetchall()}
-            selected = ", ".join(
-                identifier(column.name)
-                if column.name in there
-                else f"CAST(NULL AS {_SQL_TYPES[column.kind]}) AS {identifier(column.name)}"
-                for column in TABLES[table]
-            )
-        connection.execute(f"CREATE VIEW stored.{table} AS SELECT {selected} FROM {source}")
-
-    def _define_arrays(
-        self, connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[TableFile]
-    ) -> None:
-        """Tables whose vectors the files hold as bytes since version 6, and as lists before."""
-        connection.create_function(  # type: ignore[call-overload]  # its stub does not know the text
-            "floats", _floats, ["BLOB", "VARCHAR"], "FLOAT[]", type="arrow"
-        )
-        packed = self._listed(file for file in files if file.schema >= PACKED_SINCE)
-        lists = self._listed(file for file in files if file.schema < PACKED_SINCE)
-        selected = [
-            f"SELECT * REPLACE (floats(vector, dtype) AS vector) FROM read_parquet({packed})",
-            f"SELECT *, 'float32' AS dtype FROM read_parquet({lists})",
-        ]
-        there = [select for select, paths in zip(selected, (packed, lists), strict=True) if paths != "[]"]
-        connection.execute(f"CREATE VIEW stored.{table} AS {' UNION ALL BY NAME '.join(there)}")
-
-    def _define_trials(self, connection: duckdb.DuckDBPyConnection, store: Store) -> None:
-        connection.execute("CREATE TABLE stored.withdrawn (trial BIGINT, finished DOUBLE)")
-        withdrawn = store.withdrawn_trials()
-        if withdrawn:
-            connection.executemany("INSERT INTO stored.withdrawn VALUES (?, ?)", withdrawn)
-        connection.execute(
-            "CREATE VIEW stored.ended AS "
-            "SELECT * FROM stored.trials ANTI JOIN stored.withdrawn USING (trial, finished)"
-        )
-        columns = ", ".join(f'"{column.name}" {_SQL_TYPES[column.kind]}' for column in TABLES["trials"])
-        connection.execute(f"CREATE TABLE stored.open_trials ({columns})")
-
-        def ended() -> set[int]:
-            [numbers] = connection.sql("SELECT trial FROM stored.ended").fetchnumpy().values()
-            return set(numbers.tolist())
-
-        number = sum(file.rows for file in store.files("trials")) - len(withdrawn)
-        waiting, dispatched = read_open(self.folder, number, ended)
-        is_driven = driver(self.folder) is not None
-        rows = [
-            (
-                asked.trial,
-                asked.spec.id,
-                "running" if is_driven and asked.spec.id in dispatched else "waiting",
-                None,
-                None,
-                None,
-                None,
-                json.dumps(dict(asked.params)),
-            )
-            for asked in waiting
-        ]
-        if rows:
-            connection.executemany("INSERT INTO stored.open_trials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        parameters = "".join(
-            f", CAST({_json_field('params', name)} AS {sql_type}) AS {identifier(name)}"
-            for name, sql_type in self.identity["parameters"].items()
-        )
-        connection.execute(
-            f"CREATE VIEW trials AS SELECT * EXCLUDE (params){parameters}, params "
-            "FROM (SELECT * FROM stored.ended UNION ALL SELECT * FROM stored.open_trials) ORDER BY trial"
-        )
-
-
-def _floats(vectors: pa.ChunkedArray, dtypes: pa.ChunkedArray) -> pa.Array:
-    """Arrays that are kept as bytes, as lists of float32."""
-    pairs = zip(vectors.to_pylist(), dtypes.to_pylist(), strict=True)
-    return pa.array([unpacked(content, dtype) for content, dtype in pairs], pa.list_(pa.float32()))
-
 
 def _why(error: duckdb.Error) -> str:
     """All that DuckDB says, on one line, without the picture of the statement."""
     said = itertools.takewhile(lambda line: not line.startswith("LINE "), str(error).splitlines())
     return " ".join(" ".join(said).split())
-
-
-def _json_field(column: str, name: str) -> str:
-    return f"json_extract_string({column}, {quoted('$.' + json.dumps(name, ensure_ascii=False))})"
 
 
 def open_sweep(folder: Path | str) -> StoredSweep:
