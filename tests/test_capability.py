@@ -469,7 +469,7 @@ class TestAssets:
     def test_the_small_model_knows_more_than_chance_and_a_huge_dose_takes_it_away(
         self, smollm2: Replica
     ) -> None:
-        small = partial(capability.Params, text_tokens=300)
+        small = partial(capability.Params, text_tokens=300, count=80)
         pack = [small(layer=14, dose=0.0), small(layer=14, dose=4.0)]
         before, after = Artifacts(smollm2).run("jobs.capability", pack)
         for split in ("select", "report"):

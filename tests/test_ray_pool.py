@@ -111,6 +111,7 @@ def test_a_machine_that_never_comes_is_said_with_what_is_missing(tmp_path: Path,
         pool.close()
 
 
+@pytest.mark.chaos
 def test_a_node_that_goes_away_is_nobodys_fault_and_its_worker_moves(tmp_path: Path, model: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
