@@ -11,7 +11,7 @@ from typing import Any
 from jobs.errors import SpecError
 from jobs.resolve import load_job, make_params, make_spec
 from jobs.spec import ModelRef, Requirement, Spec, canonical_json, params_to_json
-from orchestrator.lineage import stored_specs
+from orchestrator.lineage import ended_trial
 from orchestrator.models import job_values
 from orchestrator.planning import Planner
 from orchestrator.probe import Probe, probing
@@ -93,16 +93,11 @@ def chat(
         SpecError: If there is no such trial or vector, or the trial steers nothing.
         ModelError: If the model cannot be loaded.
     """
-    sweep = open_sweep(folder)
-    sweep.check_trial(trial)
-    [row] = sweep.rows(f"SELECT spec, state, params FROM trials WHERE trial = {trial:d}")
-    then = stored_specs(sweep).get(row["spec"])
-    if then is None:
-        raise SpecError(f"trial {trial} is {row['state']}; chat takes one that has ended")
+    then, proposed = ended_trial(open_sweep(folder), trial)
     file, config = load_kept(folder)
     config = config.pinned()
     # Not the spec's: those of a trial that steers nothing have forgotten its layer.
-    values = job_values({**file.space.fixed, **json.loads(row["params"])})
+    values = job_values({**file.space.fixed, **proposed})
     params = params_to_json(make_params(then.job, values))
     steering = {**_steering(then.job, params, vector, strength), "max_new_tokens": most}
     make_params(_JOB, steering)  # says what is wrong with it before the model is loaded

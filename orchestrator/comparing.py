@@ -1,6 +1,6 @@
 """Two trials of a sweep side by side: what was tried, what came of it, what they say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,50 +48,44 @@ def compare_trials(folder: Path, first: int, second: int, *, texts: int) -> dict
 
 
 def _metrics(sweep: StoredSweep, first: int, second: int) -> list[dict[str, Any]]:
-    ones, others = (
-        {(row["name"], row["split"]): row for row in trial_metrics(sweep, trial)} for trial in (first, second)
-    )
+    trials = (first, second)
+    measured = [{(row["name"], row["split"]): row for row in trial_metrics(sweep, trial)} for trial in trials]
+    items = _items(sweep, trials)
     found = []
-    for (name, split), row in ones.items():
-        other = others.get((name, split), {"value": None})
-        values = [row["value"], other["value"]]
-        known = None not in values
-        low, high = _interval(sweep, name, split, [first, second], values) if known else (None, None)
-        found.append(
-            {
-                **{key: row[key] for key in ("name", "unit", "split")},
-                "values": values,
-                "difference": values[1] - values[0] if known else None,
-                "low": low,
-                "high": high,
-            }
-        )
+    for name, split in dict.fromkeys([*measured[0], *measured[1]]):
+        rows = [of.get((name, split)) for of in measured]
+        one, other = (None if row is None else row["value"] for row in rows)
+        difference, low, high = None, None, None
+        if one is not None and other is not None:
+            difference = other - one
+            low, high = _interval([items.get((trial, name, split), {}) for trial in trials], [one, other])
+        unit = next(row["unit"] for row in rows if row is not None)
+        head = {"name": name, "unit": unit, "split": split, "values": [one, other]}
+        found.append({**head, "difference": difference, "low": low, "high": high})
     return found
 
 
 def _interval(
-    sweep: StoredSweep, name: str, split: str, trials: Sequence[int], values: Sequence[float]
+    scored: Sequence[Mapping[int, float]], values: Sequence[float]
 ) -> tuple[float | None, float | None]:
     """Ends of the interval of a difference, where both values are the means of the same items."""
-    ones, others = (_items(sweep, trial, name, split) for trial in trials)
-    both = sorted(ones.keys() & others.keys())
-    if len(both) < 2 or len(both) < max(len(ones), len(others)):
+    ones, others = scored
+    if len(ones) < 2 or ones.keys() != others.keys():
         return None, None
-    scores = [[of[item] for item in both] for of in (ones, others)]
+    scores = [[of[item] for item in ones] for of in scored]
     if not np.allclose([np.mean(each) for each in scores], values, rtol=1e-5, atol=1e-8):
         return None, None
     found = paired_bootstrap(scores[1], scores[0], seed=0).interval
     return found.low, found.high
 
 
-def _items(sweep: StoredSweep, trial: int, name: str, split: str) -> dict[int, float]:
-    found = sweep.items(trial)
-    rows = zip(*(found[column].to_pylist() for column in ("name", "split", "item", "value")), strict=True)
-    return {
-        item: value
-        for its_name, its_split, item, value in rows
-        if (its_name, its_split) == (name, split) and value is not None
-    }
+def _items(sweep: StoredSweep, trials: Sequence[int]) -> dict[tuple[int, str, str], dict[int, float]]:
+    """Scores of prompts by trial, name and split."""
+    listed = ", ".join(map(str, trials))
+    found: dict[tuple[int, str, str], dict[int, float]] = {}
+    for row in sweep.rows(f"SELECT * FROM items WHERE trial IN ({listed}) AND value IS NOT NULL"):
+        found.setdefault((row["trial"], row["name"], row["split"]), {})[row["item"]] = row["value"]
+    return found
 
 
 def _texts(sweep: StoredSweep, first: int, second: int, most: int) -> list[dict[str, Any]]:

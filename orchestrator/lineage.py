@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jobs.errors import SpecError
 from jobs.spec import Spec
 from storage.query import StoredSweep
 
@@ -56,6 +57,21 @@ def stored_specs(sweep: StoredSweep) -> dict[str, Spec]:
     """The specs that have a result so far, by id."""
     rows = sweep.rows("SELECT * FROM specs")
     return {row["spec"]: _spec(row) for row in rows}
+
+
+def ended_trial(sweep: StoredSweep, trial: int) -> tuple[Spec, dict[str, Any]]:
+    """What was computed for a trial, and the parameters that it was proposed with.
+
+    Raises:
+        SpecError: If there is no such trial, or it has no result yet.
+    """
+    sweep.check_trial(trial)
+    [row] = sweep.rows(f"SELECT spec, state, params FROM trials WHERE trial = {trial:d}")
+    spec = stored_specs(sweep).get(row["spec"])
+    if spec is None:
+        raise SpecError(f"trial {trial} is {row['state']}; give one that has ended")
+    params: dict[str, Any] = json.loads(row["params"])
+    return spec, params
 
 
 def _spec(row: Mapping[str, Any]) -> Spec:

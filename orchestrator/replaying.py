@@ -1,14 +1,12 @@
 """One trial of a sweep once more, and what came out otherwise."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import SpecError
 from jobs.spec import Spec, spec_differences
-from orchestrator.lineage import stored_specs
+from orchestrator.lineage import ended_trial
 from orchestrator.planning import Planner
 from orchestrator.probe import probing
 from orchestrator.reopening import load_kept
@@ -40,15 +38,11 @@ def replay(folder: Path, trial: int, *, takes_stored: bool = True) -> dict[str, 
         OutOfMemory: If it does not fit.
     """
     sweep = open_sweep(folder)
-    sweep.check_trial(trial)
-    [row] = sweep.rows(f"SELECT * FROM trials WHERE trial = {trial:d}")
-    then = stored_specs(sweep).get(row["spec"])
-    if then is None:
-        raise SpecError(f"trial {trial} is {row['state']}; replay takes one that has ended")
+    then, proposed = ended_trial(sweep, trial)
     file, config = load_kept(folder)
     config = config.pinned()
     planner = Planner(file.space, config)
-    now = planner.spec(json.loads(row["params"]))
+    now = planner.spec(proposed)
     with probing(planner, config, now.model, Donors([folder] if takes_stored else [])) as probe:
         probe.prepare(now)
         probe.run([now])

@@ -80,6 +80,9 @@ def test_a_trial_without_a_result_is_shown_so_and_one_that_is_not_there_is_refus
     found = compare_trials(folder, 0, 2, texts=3)
     assert found["states"] == ["completed", "failed"]
     assert all(each["values"][1] is None and each["difference"] is None for each in found["metrics"])
+    turned = compare_trials(folder, 2, 0, texts=3)["metrics"]
+    assert [each["name"] for each in turned] == [each["name"] for each in found["metrics"]]
+    assert turned[0]["values"] == [None, found["metrics"][0]["values"][0]]
     with pytest.raises(SpecError, match=r"no trial 7; .* has trials 0 to 2"):
         compare_trials(folder, 0, 7, texts=3)
     assert len(open_sweep(folder).rows("SELECT * FROM trials")) == 3
