@@ -4,7 +4,7 @@ Source: Mack and Turner, "Mechanistically eliciting latent behaviors in language
 unsupervised steering adapters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,8 @@ from jobs.spec import Context, Metric, Outcome, Requirement, Row, Size, Status
 from jobs.unsupervised.params import Sliced, canonical_slice
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jobs.engine.replica import Replica
     from jobs.reading.behaviours import Said
     from jobs.unsupervised.adapters import AdapterGoal, AdapterGround, LearnedAdapters
@@ -127,6 +129,15 @@ def canonical(params: Params) -> Params:
     if params.optimiser == "none":
         changes |= {"steps": 1, "learning_rate": 1e-3, "compare": True}
     return replace(canonical_slice(params), **changes)
+
+
+def weight_changes(
+    params: Params, tensors: Mapping[str, "np.ndarray"]
+) -> "list[dict[str | int, tuple[np.ndarray, np.ndarray]]]":
+    """The adapters of an artifact, one by one."""
+    factor = tensors["radius"][0]
+    both = zip(factor * tensors["b"], tensors["a"], strict=True)
+    return [{params.source: (b_DQ, a_HQ.T)} for b_DQ, a_HQ in both]
 
 
 def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[tuple[int, Outcome]]:

@@ -71,6 +71,14 @@ def requires(params: Params) -> Sequence[Requirement]:
     return ()
 
 
+def weight_changes(
+    params: Params, tensors: Mapping[str, np.ndarray]
+) -> list[dict[str | int, tuple[np.ndarray, np.ndarray]]]:
+    """The one change that an artifact holds."""
+    names = [key.removesuffix(".a") for key in tensors if key.endswith(".a")]
+    return [{name: (tensors[f"{name}.b"], tensors[f"{name}.a"]) for name in names}]
+
+
 def check(params: Params) -> None:
     """The examples can be read. Raises SpecError if not."""
     load_examples(params.examples)

@@ -29,7 +29,11 @@ def compare_trials(folder: Path, first: int, second: int, *, texts: int) -> dict
     Raises:
         SpecError: If the folder holds no sweep, or the sweep has no such trial.
     """
-    sweep = open_sweep(folder)
+    with open_sweep(folder).moment() as sweep:
+        return _compared(sweep, first, second, texts)
+
+
+def _compared(sweep: StoredSweep, first: int, second: int, texts: int) -> dict[str, Any]:
     for trial in (first, second):
         sweep.check_trial(trial)
     rows = {

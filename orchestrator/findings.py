@@ -44,7 +44,7 @@ class Findings(NamedTuple):
 
 
 def read_findings(sweep: StoredSweep) -> Findings:
-    """Trials, metrics and the front, as they stand."""
+    """Trials, metrics and the front of a sweep, which is read in one moment."""
     trials = {row["trial"]: row for row in sweep.rows("SELECT * FROM trials ORDER BY trial")}
     results = {row["trial"]: row for row in scored_trials(sweep)}
     scored = {}
@@ -53,12 +53,10 @@ def read_findings(sweep: StoredSweep) -> Findings:
             own = {name: row[name] for name in found["params"]}
             scored[number] = {**found, "trial": number, "params": own}
     doubted = doubted_front(sweep)
-    # A running sweep may have gone on since the trials were read.
     front, near = (
         [
             {**scored[row["trial"]], "probability": row["probability"], "is_knee": row["is_knee"]}
             for row in doubted[place]
-            if row["trial"] in scored
         ]
         for place in ("pareto", "near")
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ from orchestrator.printing import (
     say,
 )
 
+ExportFormat = Literal["safetensors", "gguf", "lora", "hf", "csv"]
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
 
 
@@ -207,13 +208,13 @@ def vectors(
     as_json: Json = False,
 ) -> None:
     """List the directions and the learned vectors that a sweep has stored, or export one."""
-    from orchestrator.export import Chosen, export
+    from orchestrator.control_vectors import Chosen, write_control_vector
     from orchestrator.stored_vectors import stored_directions, stored_sets
 
     if out is None and vector is not None:
         raise SpecError(f"--vector {vector}: give --out FILE, the file that it is written to")
     if out is not None:
-        written = export(folder, Chosen(out, spec, vector, architecture, force))
+        written = write_control_vector(folder, Chosen(out, spec, vector, architecture, force))
         if as_json:
             print_json(written)
         else:
@@ -234,6 +235,36 @@ def vectors(
         print_table(list(rows[0]), rows)
     if not any(found.values()):
         say("no directions and no learned vectors are stored")
+
+
+def export(
+    folder: Folder,
+    trial: Annotated[int, typer.Argument(min=0, help="Number of a trial that has ended.")],
+    out: Annotated[Path, typer.Option(help="FILE.safetensors or FILE.gguf; for other formats a new folder.")],
+    form: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="A control vector (safetensors, gguf), a peft adapter (lora), a Hugging Face folder with "
+            "the change in its weights (hf), or the trial's tables (csv).",
+        ),
+    ] = "safetensors",
+    vector: Annotated[int | None, typer.Option(help="Which of a learned set, from 0.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="The model's architecture in a GGUF file; read from the model without.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a trial out, so that other programs steer as it does."""
+    from orchestrator.exporting import Wanted, export_trial
+
+    written = export_trial(folder, trial, Wanted(form, out, vector, architecture, force))
+    if as_json:
+        print_json(written)
+        return
+    layers = f", layer {_spans(written['layers'])}: add it times 1" if "layers" in written else ""
+    say(f"{out}: trial {trial} as {form}{layers}")
 
 
 def _spans(layers: Sequence[int]) -> str:

@@ -47,9 +47,16 @@ def write_report(folder: Path) -> Path:
         SpecError: If the folder holds no sweep.
         OSError: If the disk refuses.
     """
-    sweep = open_sweep(folder)
-    found = read_findings(sweep)
     target = folder / "report"
+    with open_sweep(folder).moment() as sweep:
+        page = _page(sweep, target)
+    publish(target / "index.html", page.encode())
+    return target / "index.html"
+
+
+def _page(sweep: StoredSweep, target: Path) -> str:
+    """The page's text; its figures are written into the folder `target`."""
+    found = read_findings(sweep)
     directions = read_section(sweep)
     painted = _figures(found)
     for extraction in directions.shown:
@@ -57,7 +64,7 @@ def write_report(folder: Path) -> Path:
     scans = read_scans(sweep, found)
     painted |= {scan.image: scan.figure for scan in scans}
     drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in painted.items()}
-    page = page_template().render(
+    return page_template().render(
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
         images=drawn,
@@ -71,8 +78,6 @@ def write_report(folder: Path) -> Path:
         attempts=_failed_attempts(sweep),
         elapsed=sweep.rows("SELECT max(finished) - min(started) AS seconds FROM attempts")[0]["seconds"],
     )
-    publish(target / "index.html", page.encode())
-    return target / "index.html"
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "chosen") -> np.ndarray:

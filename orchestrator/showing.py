@@ -29,7 +29,11 @@ def describe_trial(folder: Path, trial: int, *, texts: int) -> dict[str, Any]:
     Raises:
         SpecError: If the folder holds no sweep, or the sweep has no such trial.
     """
-    sweep = open_sweep(folder)
+    with open_sweep(folder).moment() as sweep:
+        return _shown(sweep, trial, texts)
+
+
+def _shown(sweep: StoredSweep, trial: int, texts: int) -> dict[str, Any]:
     sweep.check_trial(trial)
     [row] = sweep.rows(f"SELECT * FROM trials WHERE trial = {trial:d}")
     own = row["trial"] if row["reused_from"] is None else row["reused_from"]

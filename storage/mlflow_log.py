@@ -270,13 +270,14 @@ def _sweep_params(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _log_summary(client: "MlflowClient", sweep: StoredSweep, parent: "Run") -> float:
     """Log the parent run's counts and description; returns when the last trial finished, s since 1970."""
-    counts = sweep.counts()
-    [last] = sweep.rows("SELECT max(finished) AS finished FROM trials")
+    with sweep.moment() as now:
+        counts, description = now.counts(), note(now)
+        [last] = now.rows("SELECT max(finished) AS finished FROM trials")
     finished: float = last["finished"] or time.time()
     ended = {state: counts[state] for state in ("completed", "failed", "infeasible")}
     metrics = {"trials": sum(counts.values()), **ended}
     _log(client, parent, {}, metrics, seconds=finished, step=sum(ended.values()))
-    client.set_tag(parent.info.run_id, "mlflow.note.content", note(sweep))
+    client.set_tag(parent.info.run_id, "mlflow.note.content", description)
     return finished
 
 

@@ -3,7 +3,8 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,11 @@ class StoredSweep:
         Raises:
             SpecError: If the statement is not a single SELECT, or DuckDB refuses it.
         """
-        relations = Relations(self.folder, self.identity)
-        with duckdb.connect(":memory:") as connection:
-            try:
-                relations.define(connection)
-            except duckdb.Error as error:
-                raise StoreError(
-                    f"the tables of {self.folder} cannot be read: {str(error).splitlines()[0]}"
-                ) from error
+        with self._relations() as relations:
+            connection = relations.connection
             try:
                 if self.identity["objectives"] and re.search(r"\bpareto\b", sql, re.IGNORECASE):
-                    relations.define_pareto(connection)
+                    relations.define_pareto()
                 statements = connection.extract_statements(sql)
                 if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                     raise SpecError("query takes one SELECT statement; the tables cannot be changed")
@@ -64,6 +59,19 @@ class StoredSweep:
             except duckdb.Error as error:
                 raise SpecError(f"query: {_why(error)}") from error
             return table
+
+    def _relations(self) -> AbstractContextManager[Relations]:
+        return Relations(self.folder, self.identity)
+
+    @contextmanager
+    def moment(self) -> Iterator["StoredSweep"]:
+        """The sweep as it stands now, for many questions: what is added inside the block is not seen.
+
+        Raises:
+            StoreError: If a table is not what was written.
+        """
+        with Relations(self.folder, self.identity) as relations:
+            yield _Moment(self.folder, self.identity, relations)
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
         """The answer to one SELECT statement as dictionaries."""
@@ -133,6 +141,17 @@ class StoredSweep:
         counted = self.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
         found = {row["state"]: row["trials"] for row in counted}
         return {state: found.get(state, 0) for state in STATES}
+
+
+class _Moment(StoredSweep):
+    """A sweep of which every question is asked of the same tables."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], relations: Relations) -> None:
+        super().__init__(folder, identity)
+        self._kept = relations
+
+    def _relations(self) -> AbstractContextManager[Relations]:
+        return nullcontext(self._kept)
 
 
 def _why(error: duckdb.Error) -> str:

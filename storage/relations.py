@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
+from storage.durable import StoreError
 from storage.front import front
 from storage.ledger import read_open
 from storage.lock import driver
@@ -30,24 +31,40 @@ _BEST_FIRST = {"minimize": "ASC", "maximize": "DESC"}
 
 
 class Relations:
-    """Defines a sweep's tables and views in a connection.
+    """A sweep's tables and views as they stand when this is made; use it as a context manager.
 
     Args:
         folder: The sweep's folder.
         identity: What `sweep.json` says.
+
+    Attributes:
+        connection: Knows all tables and views but `pareto`, and reads no files but theirs.
+
+    Raises:
+        StoreError: If the manifest or a table is not what was written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder = folder
         self._identity = identity
+        self._has_pareto = False
+        self.connection = duckdb.connect(":memory:")
+        try:
+            self._define(self.connection)
+        except BaseException as error:
+            self.connection.close()
+            if isinstance(error, duckdb.Error):
+                why = str(error).splitlines()[0]
+                raise StoreError(f"the tables of {folder} cannot be read: {why}") from error
+            raise
 
-    def define(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """All tables and views but `pareto`. After it the connection reads listed files alone.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            StoreError: If the manifest is not what was written.
-            duckdb.Error: If a table is not.
-        """
+    def __exit__(self, *error: object) -> None:
+        self.connection.close()
+
+    def _define(self, connection: duckdb.DuckDBPyConnection) -> None:
         store, added = stores_of(self._folder)
         files = {table: [*store.files(table), *added.files(table)] for table in TABLES}
         every = self._listed(file for of_table in files.values() for file in of_table)
@@ -71,8 +88,11 @@ class Relations:
             connection.execute(f"CREATE VIEW {view} AS {select}")
         connection.execute("SET lock_configuration = true")
 
-    def define_pareto(self, connection: duckdb.DuckDBPyConnection) -> None:
+    def define_pareto(self) -> None:
         """The front is computed where a question names it: SQL would compare all points with all."""
+        if self._has_pareto:
+            return
+        connection = self.connection
         objectives = self._identity["objectives"]
         columns = ", ".join(identifier(each["metric"]) for each in objectives)
         found = connection.sql(f"SELECT trial, {columns} FROM points").to_arrow_table().drop_null()
@@ -88,6 +108,7 @@ class Relations:
             f"points.* EXCLUDE (trial) FROM points SEMI JOIN stored.front USING (trial) "
             f"JOIN trials USING (trial) ORDER BY {order}, trial"
         )
+        self._has_pareto = True
 
     def _listed(self, files: Iterable[TableFile]) -> str:
         """Paths of files as a list in SQL."""

@@ -54,8 +54,9 @@ def steersweep_beside_other_code(folder: Path, *arguments: str | Path) -> subpro
     )
 
 
-def run_arguments(place: Path, out: str) -> list[str | Path]:
-    return ["run", place / "space.py", "--out", place / out, "--set", f"model={place / 'model'}", "--json"]
+def run_arguments(place: Path, out: str, *, workers: int = 1) -> list[str | Path]:
+    settings = ["--set", f"model={place / 'model'}", "--set", f"workers={workers}"]
+    return ["run", place / "space.py", "--out", place / out, *settings, "--json"]
 
 
 def results(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -49,8 +49,10 @@ class Driven(NamedTuple):
     pool: InlinePool
 
 
-def prepare(folder: Path, space: Space, *, workers: int = 2, max_pack: int = 4, seed: int = 0) -> RunConfig:
-    config = RunConfig(model="no-model", workers=workers, max_pack=max_pack, seed=seed)
+def prepare(
+    folder: Path, space: Space, *, workers: int = 2, max_pack: int = 4, seed: int = 0, tuned: str = ""
+) -> RunConfig:
+    config = RunConfig(model="no-model", workers=workers, max_pack=max_pack, seed=seed, tuned=tuned)
     if not (folder / "sweep.json").exists():
         with claimed(folder, SpaceFile(space, Path("fake.py"), "SPACE = ..."), config):
             pass
@@ -64,6 +66,7 @@ def drive(
     trials: int,
     workers: int = 2,
     max_pack: int = 4,
+    tuned: str = "",
     sampler: str | None = None,
     on_result: Callable[[], None] = lambda: None,
     is_asked_to_stop: Callable[[], bool] = lambda: False,
@@ -73,7 +76,7 @@ def drive(
     **pool_options: Any,
 ) -> Driven:
     """What `run_sweep` does, without Ray, mirror and report."""
-    config = prepare(folder, space, workers=workers, max_pack=max_pack)
+    config = prepare(folder, space, workers=workers, max_pack=max_pack, tuned=tuned)
     pool = pool or InlinePool(folder, workers=workers, **pool_options)
     sweep = Sweep(
         folder,

@@ -32,6 +32,7 @@ ALLOWED = {
         "storage",
         "jobs.scoring",
         "jobs.directions.vector_files",
+        "jobs.merging",
         *LIGHT,
     ),
 }

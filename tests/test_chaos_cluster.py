@@ -283,7 +283,7 @@ def test_steering_ends_in_the_same_tables_whoever_was_killed(
     expected = results(place / "finished")
     folder = place / "steered"
     chance = random.Random(3)
-    driver = start([*map(str, run_arguments(place, "steered")), "--set", "max_attempts=1000"])
+    driver = start([*map(str, run_arguments(place, "steered", workers=2)), "--set", "max_attempts=1000"])
     for _ in range(3):
         wait_for_workers(driver)
         record_property("worker_kills", kill_workers(driver, chance, kills=2, seconds=3.0))

@@ -58,7 +58,7 @@ def test_a_dose_of_zero_is_computed_once(finished: dict[str, Any], place: Path) 
 
 
 def test_the_same_seed_gives_the_same_tables(finished: dict[str, Any], place: Path) -> None:
-    done = steersweep(*run_arguments(place, "again"))
+    done = steersweep(*run_arguments(place, "again", workers=2))
     assert done.returncode == 0, done.stderr
     assert results(place / "again") == results(place / "finished")
 
@@ -208,7 +208,13 @@ def test_a_sweep_runs_on_a_cluster_that_is_there_already_with_what_another_has_s
     finished: dict[str, Any], place: Path, ray_head: str
 ) -> None:
     # Workers take the driver's code, whatever lies on their machine where it was started.
-    arguments = [*run_arguments(place, "cluster"), "--address", ray_head, "--reuse", place / "finished"]
+    arguments = [
+        *run_arguments(place, "cluster", workers=2),
+        "--address",
+        ray_head,
+        "--reuse",
+        place / "finished",
+    ]
     done = steersweep_beside_other_code(place / "elsewhere", *arguments)
     assert done.returncode == 0, done.stderr
     found, expected = (

@@ -11,7 +11,7 @@ from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
 from jobs.reading import behaviours
 from orchestrator.comparisons import compare_replies
-from orchestrator.export import Chosen, export
+from orchestrator.control_vectors import Chosen, write_control_vector
 from orchestrator.findings import axes, others, read_findings
 from orchestrator.lineage import stored_specs
 from orchestrator.radius_section import read_scans
@@ -23,7 +23,7 @@ from storage.ledger import read_asked
 from storage.query import open_sweep
 from tests.models import HIDDEN, LAYERS, tiny_replica
 from tests.sweeps import drive, make_space
-from tests.test_export import arrays, store
+from tests.test_control_vectors import arrays, store
 
 PROMPTS = [
     {"split": "extract", "prompt": "Tell me a story."},
@@ -101,7 +101,7 @@ class TestStoredSets:
     def test_a_vector_is_written_as_it_is_stored(self, learned: Path, tmp_path: Path) -> None:
         source = stored_sets(learned)[0]
         out = tmp_path / "vector.safetensors"
-        written = export(learned, Chosen(out, source.spec, vector=2))
+        written = write_control_vector(learned, Chosen(out, source.spec, vector=2))
         file = read_vectors(out, layers=LAYERS, hidden=HIDDEN)
         stored = read_artifact(learned, source.artifact)["vectors"]
         assert list(file.directions) == written["written"] == [0]
@@ -112,14 +112,16 @@ class TestStoredSets:
     def test_directions_have_no_vectors_by_number(self, tmp_path: Path) -> None:
         kept = store(tmp_path / "sweep", **arrays())
         with pytest.raises(SpecError, match="one direction a layer"):
-            export(kept, Chosen(tmp_path / "v.safetensors", vector=0))
+            write_control_vector(kept, Chosen(tmp_path / "v.safetensors", vector=0))
 
     @pytest.mark.parametrize(("vector", "said"), [(None, "no --vector"), (3, "--vector 3"), (-1, "0 to 2")])
     def test_a_vector_that_is_not_there_is_refused(
         self, learned: Path, tmp_path: Path, vector: int | None, said: str
     ) -> None:
         with pytest.raises(SpecError, match=said):
-            export(learned, Chosen(tmp_path / "v.safetensors", stored_sets(learned)[0].spec, vector=vector))
+            write_control_vector(
+                learned, Chosen(tmp_path / "v.safetensors", stored_sets(learned)[0].spec, vector=vector)
+            )
         assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from jobs.errors import SteersweepError
 from jobs.spec import ModelRef
@@ -26,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("pool") / "model"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local(model: str) -> Iterator[None]:
     with connected(RunConfig(model=model), None):
         yield
@@ -109,30 +107,6 @@ def test_a_machine_that_never_comes_is_said_with_what_is_missing(tmp_path: Path,
         assert "'quantum': 0}" in str(caught.value)
     finally:
         pool.close()
-
-
-@pytest.mark.chaos
-def test_a_node_that_goes_away_is_nobodys_fault_and_its_worker_moves(tmp_path: Path, model: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        first = cluster.add_node(num_cpus=1, resources={"slot": 1})
-        ray.init(address=cluster.address, log_to_driver=False)
-        pool = pool_of(tmp_path, model, resources={"slot": 1})
-        worker = wait_for(pool, "ready").worker
-        pool.start(worker, order(model, "a1", mode="hang once", group=str(tmp_path / "flag")))
-        while not list(tmp_path.glob("flag*")):
-            pool.events(0.2)
-        cluster.remove_node(first, allow_graceful=False)
-        lost = wait_for(pool, "lost")
-        assert (lost.worker, lost.is_fault) == (worker, False), lost.reason
-        cluster.add_node(num_cpus=1, resources={"slot": 1})
-        again = wait_for(pool, "ready").worker
-        pool.start(again, order(model, "a2", mode="hang once", group=str(tmp_path / "flag")))
-        assert wait_for(pool, "delivery").worker == again
-        pool.close()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 @pytest.mark.usefixtures("local")

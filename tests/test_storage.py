@@ -1212,6 +1212,29 @@ def test_a_query_sees_what_was_committed_since_the_sweep_was_opened(sweep_folder
     assert sweep.rows("SELECT state FROM trials WHERE trial = 4") == [{"state": "completed"}]
 
 
+def test_all_questions_in_a_moment_are_of_the_tables_as_they_stood_at_its_beginning(
+    sweep_folder: Path,
+) -> None:
+    sweep = open_sweep(sweep_folder)
+    new = {"trial": 4, "spec": "s", "state": "completed", "params": '{"x": 5}', "finished": 1.0}
+    with sweep.moment() as then:
+        before = [then.trials(), then.pareto(), then.counts()]
+        part = Part(
+            (write_table(sweep_folder, "metrics", [metric("s", 99.0)]),),
+            (StoredResult("s", "completed", None),),
+        )
+        Store(sweep_folder).commit([part], trials=[new])
+        assert [then.trials(), then.pareto(), then.counts()] == before
+        assert sweep.trials() != before[0]
+        with pytest.raises(SpecError, match="one SELECT"):
+            then.query("CREATE TABLE trials (x INTEGER)")
+        with pytest.raises(SpecError, match="no_such"):
+            then.query("SELECT * FROM no_such")
+        assert then.trials() == before[0]
+    with sweep.moment() as now:
+        assert now.trials() == sweep.trials()
+
+
 def test_a_query_does_not_see_python_variables_of_its_caller(sweep_folder: Path) -> None:
     sweep = open_sweep(sweep_folder)
     hidden = sweep.query("SELECT 1 AS a")

@@ -30,7 +30,7 @@ def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]
     with ExitStack() as stack:
         stack.enter_context(replica.other_weights())
         for name in sorted(key.removesuffix(".a") for key in changes if key.endswith(".a")):
-            module = _matrix(replica, name)
+            module = find_matrix(replica, name)
             before: Any = module.weight
             b, a = (torch.tensor(changes[f"{name}.{side}"]) for side in "ba")
             after = _sum(before, b, a, module)
@@ -39,7 +39,8 @@ def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]
         yield
 
 
-def _matrix(replica: Replica, name: str) -> nn.Module:
+def find_matrix(replica: Replica, name: str) -> nn.Module:
+    """A matrix by its module's name. Raises ModelError if there is none in floating point."""
     try:
         module: Any = replica.model.get_submodule(name)
     except AttributeError:

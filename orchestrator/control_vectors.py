@@ -34,7 +34,7 @@ class Chosen(NamedTuple):
     force: bool = False
 
 
-def export(folder: Path, chosen: Chosen) -> dict[str, Any]:
+def write_control_vector(folder: Path, chosen: Chosen) -> dict[str, Any]:
     """Write one of the sweep's directions or learned vectors as a control vector.
 
     The file holds the residual norms that doses refer to, where they are known.
@@ -58,12 +58,12 @@ def export(folder: Path, chosen: Chosen) -> dict[str, Any]:
     norms = dict(enumerate(arrays.get("residual_norms", np.empty(0)).tolist()))
     model = open_sweep(folder).identity["model"]
     said: dict[str, Any] = {
-        "model": _model_name(model),
+        "model": model_name(model),
         "method": _method(source) + ("" if chosen.vector is None else f", vector {chosen.vector}"),
         "residual_norms": norms or None,
     }
     if chosen.out.suffix == ".gguf":
-        hint = chosen.architecture or _architecture(model)
+        hint = chosen.architecture or architecture_of(model)
         write_gguf(chosen.out, directions, model_hint=hint, skip_block_0=True, **said)
     else:
         write_safetensors(chosen.out, directions, **said)
@@ -109,15 +109,15 @@ def _method(source: Directions | LearnedSet) -> str:
     return source.job if source.params is None else f"{source.job} {canonical_json(dict(source.params))}"
 
 
-def _model_name(model: Mapping[str, Any]) -> str:
+def model_name(model: Mapping[str, Any]) -> str:
     """Name and revision; of a folder its own name, since others do not have its path, and the weights."""
     if model.get("weights"):
         return f"{Path(model['id']).name} (weights {model['weights'][:16]})"
     return f"{model['id']}@{model['revision']}" if model.get("revision") else str(model["id"])
 
 
-def _architecture(model: Mapping[str, Any]) -> str:
-    """`model_type` of the model's configuration, if that is on this machine."""
+def architecture_of(model: Mapping[str, Any]) -> str:
+    """`model_type` of the model's configuration. Raises SpecError if that is not on this machine."""
     path = _config_path(model)
     try:
         found = None if path is None else json.loads(path.read_text(encoding="utf-8")).get("model_type")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
 from orchestrator.cli import app
-from orchestrator.export import Chosen, export
+from orchestrator.control_vectors import Chosen, write_control_vector
 from orchestrator.stored_vectors import stored_directions
 from search_spaces.base import Grid, Objective
 from storage.artifacts import read_artifact, write_artifact
@@ -68,7 +68,7 @@ def test_the_list_says_how_each_was_made_for_which_layers_and_size(swept: Path) 
 
 def test_a_safetensors_file_holds_what_is_stored(swept: Path, tmp_path: Path) -> None:
     chosen = stored_directions(swept)[0]
-    written = export(swept, Chosen(tmp_path / "v.safetensors", chosen.spec[:10]))
+    written = write_control_vector(swept, Chosen(tmp_path / "v.safetensors", chosen.spec[:10]))
     file = read_vectors(tmp_path / "v.safetensors", layers=LAYERS, hidden=HIDDEN)
     kept = read_artifact(swept, chosen.artifact)
     np.testing.assert_array_equal(np.stack(list(file.directions.values())), kept["directions"])
@@ -80,7 +80,7 @@ def test_a_safetensors_file_holds_what_is_stored(swept: Path, tmp_path: Path) ->
 
 def test_a_gguf_file_holds_it_without_layer_0(swept: Path, tmp_path: Path) -> None:
     chosen = stored_directions(swept)[1]
-    written = export(swept, Chosen(tmp_path / "v.gguf", chosen.spec, architecture="llama"))
+    written = write_control_vector(swept, Chosen(tmp_path / "v.gguf", chosen.spec, architecture="llama"))
     file = read_vectors(tmp_path / "v.gguf", layers=LAYERS, hidden=HIDDEN)
     kept = read_artifact(swept, chosen.artifact)
     assert list(file.directions) == written["written"] == [1, 2, 3]
@@ -98,7 +98,7 @@ def test_the_architecture_is_read_from_a_models_folder(tmp_path: Path) -> None:
     (folder / "sweep.json").write_text(
         json.dumps({**identity, "model": {"id": str(model), "revision": None, "weights": "ab" * 32}})
     )
-    export(folder, Chosen(tmp_path / "v.gguf"))
+    write_control_vector(folder, Chosen(tmp_path / "v.gguf"))
     metadata = read_vectors(tmp_path / "v.gguf").metadata
     assert metadata["model_hint"] == "qwen3"
     assert metadata["model"] == f"tiny (weights {'ab' * 8})"
@@ -110,13 +110,13 @@ def test_layers_without_a_direction_are_left_out(tmp_path: Path) -> None:
     given["residual_norms"][1] = np.nan
     folder = store(tmp_path / "sweep", **given)
     assert [each.layers for each in stored_directions(folder)] == [[0, 2]]
-    export(folder, Chosen(tmp_path / "v.safetensors"))
+    write_control_vector(folder, Chosen(tmp_path / "v.safetensors"))
     assert list(read_vectors(tmp_path / "v.safetensors").directions) == [0, 2]
 
 
 def test_directions_without_norms_are_written_without(tmp_path: Path) -> None:
     folder = store(tmp_path / "sweep", directions=arrays()["directions"])
-    export(folder, Chosen(tmp_path / "v.safetensors"))
+    write_control_vector(folder, Chosen(tmp_path / "v.safetensors"))
     assert read_vectors(tmp_path / "v.safetensors").residual_norms == {}
 
 
@@ -129,21 +129,21 @@ def test_what_nobody_knows_the_parameters_of_is_exported_by_the_name_of_its_job(
     folder = store(tmp_path / "sweep", **arrays())
     [only] = stored_directions(folder)
     assert only.params is None
-    export(folder, Chosen(tmp_path / "v.safetensors"))
+    write_control_vector(folder, Chosen(tmp_path / "v.safetensors"))
     assert read_vectors(tmp_path / "v.safetensors").metadata["method"] == "jobs.extract"
 
 
 def test_of_directions_that_were_lost_and_made_again_the_latest_counts(tmp_path: Path) -> None:
     folder = store(tmp_path / "sweep", **arrays())
     add(folder, "only", **arrays(1))
-    export(folder, Chosen(tmp_path / "v.safetensors"))
+    write_control_vector(folder, Chosen(tmp_path / "v.safetensors"))
     written = read_vectors(tmp_path / "v.safetensors").directions
     np.testing.assert_array_equal(np.stack(list(written.values())), arrays(1)["directions"])
 
 
 def refused(folder: Path, **chosen: Any) -> str:
     with pytest.raises(SpecError) as caught:
-        export(folder, Chosen(**chosen))
+        write_control_vector(folder, Chosen(**chosen))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -168,7 +168,7 @@ def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path: Path) -> None:
     out.write_bytes(b"mine")
     assert "--force" in refused(folder, out=out)
     assert out.read_bytes() == b"mine"
-    export(folder, Chosen(out, force=True))
+    write_control_vector(folder, Chosen(out, force=True))
     assert list(read_vectors(out).directions) == [0, 1, 2]
 
 
@@ -177,7 +177,7 @@ def test_stored_directions_that_changed_are_not_exported(tmp_path: Path) -> None
     [path] = (folder / "artifacts").iterdir()
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(StoreError, match="has changed"):
-        export(folder, Chosen(tmp_path / "v.safetensors"))
+        write_control_vector(folder, Chosen(tmp_path / "v.safetensors"))
 
 
 def test_the_command_lists_and_exports(tmp_path: Path) -> None:
