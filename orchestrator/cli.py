@@ -255,7 +255,7 @@ def fetch(
 
 _LOOK = (
     *(kept.status, kept.show, kept.compare, kept.replay, kept.pareto),
-    *(kept.query, kept.files, kept.logs, kept.doctor),
+    *(kept.query, kept.files, kept.logs, kept.doctor, kept.gc),
 )
 _WRITE = (speaking.score, speaking.label, speaking.chat, kept.vectors, kept.export, kept.report, kept.ui)
 for command in (*_LOOK, *_WRITE):

@@ -21,6 +21,7 @@ from orchestrator.printing import (
     print_trial,
     say,
 )
+from search_spaces.base import Retention
 
 ExportFormat = Literal["safetensors", "gguf", "lora", "hf", "csv"]
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
@@ -160,6 +161,43 @@ def doctor(
             say(f"{each['where']}: {each['what']}, {each['count']} in all{mended}: {examples}")
         say("consistent" if found["consistent"] else "not consistent; --repair mends what can be mended")
     raise typer.Exit(0 if found["consistent"] else 1)
+
+
+def gc(
+    folder: Folder,
+    retention: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            help="Trials whose artifacts and activations stay: all, front, or the last N; as the space says.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts and activations that no kept trial needs, and files that nobody lists."""
+    from orchestrator.garbage import collect_garbage
+    from orchestrator.reopening import load_kept
+    from storage.lock import driving
+
+    kept = load_kept(folder)[0].space.retention if retention is None else _retention(retention)
+    with driving(folder):
+        found = collect_garbage(folder, kept, is_tried=dry_run)
+    if as_json:
+        print_json(found)
+        return
+    would = "would go" if dry_run else "are gone"
+    what = f"{found['artifacts']} artifacts and {found['activations']} activations"
+    at_least = "at least " if dry_run else ""
+    say(f"{what} of {found['results']} results {would}: {at_least}{found['bytes'] / 2**20:.1f} MiB")
+
+
+def _retention(text: str) -> Retention:
+    if text.isdecimal() and int(text):
+        return int(text)
+    if text not in ("all", "front"):
+        raise SpecError(f"--keep {text}; it takes all, front, or a number of trials of 1 or more")
+    return "front" if text == "front" else "all"
 
 
 def pareto(folder: Folder, as_json: Json = False) -> None:

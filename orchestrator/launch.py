@@ -13,6 +13,7 @@ from jobs.resolve import shipped_packages
 from jobs.spec import ModelRef
 from orchestrator.config import RunConfig
 from orchestrator.folder import check_free, claimed
+from orchestrator.garbage import collect_garbage
 from orchestrator.interrupts import Interrupts, stoppable
 from orchestrator.models import varied_models
 from orchestrator.planning import Planner, check_unchanged, planned_trials
@@ -165,4 +166,6 @@ def _drive(
         finally:
             pool.close()
             mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
+        if space.retention != "all" and tally.done == trials:
+            collect_garbage(folder, space.retention)
     return "" if tally.done == trials else tally.stopping

@@ -45,7 +45,8 @@ def make_plan(
         trials; packs; prerequisites, job -> number of specs; tokens, as the jobs' `size` counts them;
         workers; hours, with all workers at work, and worker_hours; trials_in_budget, how many `budget_hours`
         and `budget_disk_gib` are enough for (None without both); weights_gib and peak_gib of a worker;
-        disk_gib, tables and artifacts, and free_disk_gib; device; loading_seconds; measured, job -> `Pace`.
+        disk_gib, tables and artifacts, and free_disk_gib; device; loading_seconds; measured, job -> `Pace`;
+        retention, whose artifacts and activations stay at the end.
 
     Raises:
         DoesNotFit: If a worker's weights, or one trial, do not fit into memory, or the results on the disk.
@@ -62,7 +63,8 @@ def make_plan(
     say(f"measuring one trial{', and before it ' if first else ''}{', '.join(first)}")
     act = partial(measure_if_it_fits, Planner(space, config), packs, config, models, seconds, workers=workers)
     weights, measured = act() if elsewhere is None else elsewhere(act)
-    return _plan(config, trials, works, weights, measured, _free_disk(out))
+    found = _plan(config, trials, works, weights, measured, _free_disk(out))
+    return {**found, "retention": space.retention}
 
 
 def measure_if_it_fits(

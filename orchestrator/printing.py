@@ -79,6 +79,9 @@ def print_plan(found: Mapping[str, Any]) -> None:
     memory = f"{found['weights_gib']:.2f} GiB of weights, at its most {found['peak_gib']:.2f} GiB so far"
     say(f"a worker on {found['device']}: {memory}, loaded in {found['loading_seconds']:.0f} s")
     say(f"disk: about {found['disk_gib']:.3g} GiB of {found['free_disk_gib']:.3g} GiB free")
+    if found["retention"] != "all":
+        last = f"the last {found['retention']} trials" if found["retention"] != "front" else "the front"
+        say(f"of artifacts and activations only those of {last} stay at the end (retention)")
     for job, pace in found["measured"].items():
         say(
             f"measured: {job}, up to {pace['rows']} rows together, {pace['pack_seconds']:.3g} s a pack and "

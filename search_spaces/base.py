@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Sampler = Literal["grid", "random", "tpe", "nsga2"]
+Retention = Literal["all", "front"] | int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +193,8 @@ class Space:
         bracket: Number of trials, in the order of proposals, that a stage compares to keep the best of them.
         sampler: Who proposes configurations.
         trials: How many; None tries every cell of a grid.
+        retention: Whose artifacts and activations are kept once all trials have ended: those of `all`, of the
+            `front`, or of the so many that ended last. What others were made of stays in any case.
     """
 
     description: str
@@ -204,6 +207,7 @@ class Space:
     bracket: int = 9
     sampler: Sampler = "tpe"
     trials: int | None = None
+    retention: Retention = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.job, str) or not all(self.job.split(".")):
@@ -229,6 +233,10 @@ class Space:
             raise ValueError(f"objectives {metrics}: each metric once")
         if both := sorted(set(self.parameters) & set(self.fixed)):
             raise ValueError(f"{both} are both parameters and fixed; keep one of them")
+        if self.retention not in ("all", "front") and not (
+            type(self.retention) is int and self.retention >= 1
+        ):
+            raise ValueError(f"retention={self.retention!r}; it takes 'all', 'front' or a number of trials")
         if self.bracket < 2:
             raise ValueError(f"bracket={self.bracket}; it takes 2 or more trials to keep the best of them")
         if self.trials is not None and self.trials < 1:

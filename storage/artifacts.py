@@ -52,7 +52,10 @@ def artifact_bytes(folder: Path, artifact: Artifact) -> bytes:
     """
     path = folder / artifact.path
     if not path.is_file():
-        raise StoreError(f"artifact {artifact.path} is gone; run `steersweep resume` to compute it again")
+        raise StoreError(
+            f"artifact {artifact.path} is gone; `steersweep resume` computes it again "
+            "where a trial needs it, `steersweep replay` the trial that it is of"
+        )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != artifact.sha256:
         raise StoreError(f"artifact {artifact.path} has changed since it was stored; delete it and resume")

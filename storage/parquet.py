@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.durable import StoreError, cannot_write, publish
@@ -337,16 +338,57 @@ def read_rows(folder: Path, table: str, files: Iterable[TableFile]) -> list[dict
 
 def read_table(folder: Path, file: TableFile) -> pa.Table:
     """A listed file. Raises StoreError if it is not what was written."""
-    try:
+    with _complaints(folder / file.path):
         content = (folder / file.path).read_bytes()
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise StoreError(f"{folder / file.path} is not what was written: it has another content")
         if _arrays(file.table) and file.schema < PACKED_SINCE:
             return _repacked(file.table, pq.read_table(pa.BufferReader(content)))
         return pq.read_table(pa.BufferReader(content), schema=arrow_schema(file.table))
+
+
+@contextmanager
+def _complaints(path: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading a file, as a StoreError."""
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
         why = " ".join(str(error).split())
-        raise StoreError(f"{folder / file.path} is not what was written: {why}") from error
+        raise StoreError(f"{path} is not what was written: {why}") from error
+
+
+def holds_any(folder: Path, file: TableFile, specs: Collection[str]) -> bool:
+    """Whether a listed file has rows of any of some specs. Raises StoreError if it cannot be read."""
+    with _complaints(folder / file.path):
+        column = pq.read_table(folder / file.path, columns=["spec"])["spec"]
+    return not set(column.unique().to_pylist()).isdisjoint(specs)
+
+
+def rest_of(folder: Path, file: TableFile, specs: Collection[str]) -> TableFile | None:
+    """Write the rows of a listed file that are of none of some specs to a new one, a row group at a time.
+
+    Returns:
+        The new file; None if no rows are left.
+
+    Raises:
+        StoreError: If the file is not what was written, or the disk refuses; nothing is left behind then.
+    """
+    stream = TableStream(folder, file.table)
+    try:
+        with (
+            _complaints(folder / file.path),
+            pq.ParquetFile(folder / file.path, page_checksum_verification=True) as kept,
+        ):
+            for group in range(kept.num_row_groups):
+                rows = kept.read_row_group(group)
+                if _arrays(file.table) and file.schema < PACKED_SINCE:
+                    rows = _repacked(file.table, rows)
+                others = pc.invert(pc.is_in(rows["spec"], pa.array(sorted(specs), pa.string())))
+                if (left := rows.filter(others)).num_rows:
+                    stream.append(left.cast(arrow_schema(file.table)))
+        return stream.finish() if stream.rows else None
+    finally:
+        stream.abandon()
 
 
 PACKED_SINCE = 6

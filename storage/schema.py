@@ -81,7 +81,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
             "kind",
             "text",
             "",
-            "driver started, driver ended, worker ready, worker lost, paused, pack limited or tried again",
+            "driver started, driver ended, worker ready, worker lost, paused, pack limited, tried again or "
+            "collected",
         ),
         Column("worker", "text", "", "name of the worker; null where it is the driver's"),
         Column("detail", "text", "", "why, or how much"),

@@ -5,7 +5,7 @@ lists, so a death between writing a table and listing it leaves no half result.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from storage import compaction
 from storage.durable import StoreError
 from storage.manifest import Entry, Manifest, StoredResult
-from storage.parquet import TableFile, read_rows, write_table
+from storage.parquet import TableFile, holds_any, read_rows, rest_of, write_table
 
 _WITHDRAWN = "withdrawn"
 """In the place of a status in the table `results`: what stands before it does not count any more."""
@@ -146,6 +146,21 @@ class Store:
                 self._add(Entry(tuple(file for file in own if file.path not in replaced), replaced=replaced))
         self._manifest.checkpoint(keeps_entries=keeps_entries)
         self._due = compaction.MANY
+
+    def remove(self, table: str, specs: Collection[str]) -> None:
+        """Take the rows of specs out of a table, and give back their room at once.
+
+        Raises:
+            StoreError: If a file is not what was written, or the disk refuses.
+        """
+        for file in self.files(table):
+            if not holds_any(self.folder, file, specs):
+                continue
+            with self._written() as own:
+                if (rest := rest_of(self.folder, file, specs)) is not None:
+                    own.append(rest)
+                self._add(Entry(tuple(own), replaced=(file.path,)))
+            (self.folder / file.path).unlink(missing_ok=True)
 
     def _status(self, spec: str) -> str | None:
         result = self.results.get(spec)

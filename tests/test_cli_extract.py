@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.query import open_sweep
 from tests.command import refused, steersweep
 from tests.models import save_tiny
 
@@ -20,6 +21,7 @@ SPACE = Space(
     fixed={"method": "pca"},
     objectives=[Objective(metric="held_out_auc", direction="maximize")],
     sampler="grid",
+    retention="front",
 )
 """
 PAIRS = [{"positive": f"A kind word {n}.", "negative": f"A grim word {n}?"} for n in range(4)]
@@ -57,6 +59,10 @@ def test_extractions_are_chosen_on_the_split_extract_and_the_end_says_why_others
     assert (found["completed"], [row["trials"] for row in found["reasons"]]) == (1, [1, 1, 1])
     [best] = found["pareto"]
     assert (best["trial"], best["split"]) == (0, "extract")
+    made = open_sweep(out).rows("SELECT trial, path FROM artifacts ORDER BY trial")
+    assert len(made) > 1
+    assert [row["trial"] for row in made if (out / row["path"]).is_file()] == [0]
+    assert open_sweep(out).rows("SELECT detail FROM events WHERE kind = 'collected'")
     assert best["params"]["pairs"] == str(spaces / "mine" / "pairs.jsonl")
     assert 0 <= best["objectives"]["held_out_auc"] <= 1
 

@@ -1,0 +1,82 @@
+"""Give back the room of large results that nobody needs any more: artifacts and activations.
+
+Every other row stays, so a trial that has lost its vectors still has its metrics, texts and lineage.
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from storage.query import StoredSweep, open_sweep
+from storage.store import Store
+
+LARGE = "activations"
+"""The table whose rows go; those of other tables are small."""
+Retention = Literal["all", "front"] | int
+_ENDED = "state NOT IN ('waiting', 'running')"
+
+
+class Collected(NamedTuple):
+    """What was given back.
+
+    Attributes:
+        specs: Ids of the specs whose artifacts and activations go.
+        artifacts: Their artifacts, and those that writers who died have left.
+        rows: Their rows of the table activations.
+        bytes: What both took; if only tried, the artifacts alone.
+    """
+
+    specs: list[str]
+    artifacts: list[Path]
+    rows: int
+    bytes: int
+
+
+def collect(folder: Path, retention: Retention, *, is_tried: bool = False) -> Collected:
+    """Remove the artifacts and activations of trials that the retention does not keep.
+
+    What the result of any trial or prerequisite was made of stays, and so does all of trials that have not
+    ended. Nobody else may drive the sweep meanwhile.
+
+    Args:
+        folder: The sweep's folder.
+        retention: `all` trials are kept, those of the `front`, or the so many that ended last.
+        is_tried: Whether to say only what would go.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+        StoreError: If a table is not what was written, or the disk refuses; nothing is lost then that the
+            retention keeps.
+    """
+    store = Store(folder)
+    with open_sweep(folder).moment() as sweep:
+        specs = set() if retention == "all" else _unneeded(sweep, retention)
+        [counted] = sweep.rows(f"SELECT count(*) AS rows FROM {LARGE} WHERE spec IN ({_listed(specs)})")
+    # Equal content is one file.
+    needed = {folder / row["path"] for row in store.rows("artifacts") if row["spec"] not in specs}
+    artifacts = [path for path in sorted((folder / "artifacts").glob("*.safetensors")) if path not in needed]
+    taken = sum(path.stat().st_size for path in artifacts)
+    if not is_tried:
+        before = store.bytes
+        store.remove(LARGE, specs)
+        taken += before - store.bytes
+        for path in artifacts:
+            path.unlink()
+    return Collected(sorted(specs), artifacts, counted["rows"], taken)
+
+
+def _unneeded(sweep: StoredSweep, retention: Literal["front"] | int) -> set[str]:
+    """Specs of trials that have ended, are not kept, and are nobody's prerequisite."""
+    last = f"SELECT trial FROM trials WHERE {_ENDED} ORDER BY finished DESC, trial DESC"
+    chosen = "SELECT trial FROM pareto" if retention == "front" else f"{last} LIMIT {retention:d}"
+    kept = {row["trial"] for row in sweep.rows(chosen)}
+    trials = sweep.rows(f"SELECT trial, spec, {_ENDED} AS has_ended FROM trials")
+    spared = {row["spec"] for row in trials if row["trial"] in kept or not row["has_ended"]}
+    needs = sweep.rows(
+        "SELECT DISTINCT unnest(from_json(requires, '[\"VARCHAR\"]')) AS spec FROM specs "
+        "UNION SELECT control FROM specs WHERE control IS NOT NULL"
+    )
+    return {row["spec"] for row in trials} - spared - {row["spec"] for row in needs}
+
+
+def _listed(specs: set[str]) -> str:
+    return ", ".join(f"'{spec}'" for spec in sorted(specs)) or "NULL"
