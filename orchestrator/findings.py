@@ -10,6 +10,8 @@ from storage.query import StoredSweep
 from storage.uncertainty import doubted_front
 
 Record = dict[str, Any]
+UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
+"""Units of the parameters that mean the same in every job."""
 MOST_GROUPS, LONGEST_GROUP = 8, 30
 """Up to so many values of so many letters figures tell lines apart by a parameter that is no number."""
 
@@ -27,6 +29,7 @@ class Findings(NamedTuple):
         optimism: Objective -> how much better than it is the best looks for having been chosen, or None.
         measures: Metric -> name, unit and direction, objectives first; ends of intervals left out.
         control: What the trials' texts are compared with, in a word or two.
+        tried: What the trials' own texts are called beside it.
         unsteered: Split -> metric -> value of the unsteered model, where that is the control.
         split: The split that trials are chosen on.
     """
@@ -39,6 +42,7 @@ class Findings(NamedTuple):
     optimism: Mapping[str, float | None]
     measures: dict[str, Measure]
     control: str
+    tried: str
     unsteered: dict[str, dict[str, float]]
     split: str
 
@@ -72,6 +76,7 @@ def read_findings(sweep: StoredSweep) -> Findings:
         optimism=doubted["optimism"],
         measures=_measures(sweep.identity),
         control=control,
+        tried="steered" if control == UNSTEERED else "trial" if control else "reply",
         unsteered=unsteered,
         split=split,
     )
@@ -138,6 +143,11 @@ def _are_groups(values: set[Any]) -> bool:
     """Whether a parameter has a few short words as values."""
     words = [value for value in values if isinstance(value, str) and len(value) <= LONGEST_GROUP]
     return len(words) == len(values) and 2 <= len(values) <= MOST_GROUPS
+
+
+def parameter(name: str) -> Measure:
+    """A parameter along an axis."""
+    return Measure(name, UNITS.get(name, ""))
 
 
 def is_number(value: Any) -> bool:

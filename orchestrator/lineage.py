@@ -8,6 +8,7 @@ from typing import Any
 from jobs.errors import SpecError
 from jobs.spec import Spec
 from storage.query import StoredSweep
+from storage.views import quoted
 
 
 def spec_row(spec: Spec, needs: Iterable[Spec] = (), control: str | None = None) -> dict[str, Any]:
@@ -37,20 +38,24 @@ def lineage(sweep: StoredSweep, spec: str) -> list[dict[str, Any]]:
     Returns:
         Rows of the table `specs`, with their JSON read and with `artifact`: hash, path and bytes, or None.
     """
-    rows = {row["spec"]: row for row in sweep.rows("SELECT * FROM specs")}
-    artifacts = {row["spec"]: row for row in sweep.rows("SELECT spec, hash, path, bytes FROM artifacts")}
     found: dict[str, dict[str, Any]] = {}
     waiting = [spec]
     while waiting:
-        name = waiting.pop(0)
-        if name in found or name not in rows:
-            continue
-        read = {column: json.loads(rows[name][column]) for column in ("params", "model", "data", "requires")}
-        kept = artifacts.get(name)
-        artifact = None if kept is None else {key: kept[key] for key in ("hash", "path", "bytes")}
-        found[name] = {**rows[name], **read, "artifact": artifact}
-        waiting += read["requires"]
+        listed = ", ".join(map(quoted, waiting))
+        rows = {row["spec"]: row for row in sweep.rows(f"SELECT * FROM specs WHERE spec IN ({listed})")}
+        kept = {
+            row.pop("spec"): row
+            for row in sweep.rows(f"SELECT spec, hash, path, bytes FROM artifacts WHERE spec IN ({listed})")
+        }
+        for name in filter(rows.__contains__, waiting):
+            read = {column: json.loads(rows[name][column]) for column in _JSON}
+            found[name] = {**rows[name], **read, "artifact": kept.get(name)}
+        needs = (need for name in waiting if name in rows for need in found[name]["requires"])
+        waiting = [need for need in dict.fromkeys(needs) if need not in found]
     return [*found.values()]
+
+
+_JSON = ("params", "model", "data", "requires")
 
 
 def stored_specs(sweep: StoredSweep) -> dict[str, Spec]:

@@ -26,7 +26,7 @@ def page_template() -> Template:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_visible,
+        finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -34,6 +34,7 @@ def page_template() -> Template:
         "number": _number,
         "setting": _setting,
         "value": _value,
+        "embedded": _embedded,
         "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
@@ -59,7 +60,13 @@ def _setting(value: Any) -> str:
     return f"{value:g}".replace("-", "\N{MINUS SIGN}") if isinstance(value, float) else str(value)
 
 
-def _visible(value: Any) -> Any:
+def _embedded(value: Any) -> Markup:
+    """JSON that cannot end the element that it stands in."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+
+
+def visible(value: Any) -> Any:
     """Text with control, format and unpaired surrogate characters spelled out; emoji need their joiners."""
     if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value

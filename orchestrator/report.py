@@ -16,15 +16,18 @@ from orchestrator.canvas import DARK, LIGHT, Measure, Paint, to_png
 from orchestrator.comparisons import compare_replies
 from orchestrator.direction_section import read_section
 from orchestrator.figures import Plot
-from orchestrator.findings import Findings, Record, axes, others, read_findings
+from orchestrator.findings import Findings, Record, axes, others, parameter, read_findings
+from orchestrator.lineage import lineage
 from orchestrator.page import page_template
 from orchestrator.radius_section import read_scans
+from orchestrator.scatter import scatter
+from orchestrator.training_section import read_training
 from storage.durable import publish
 from storage.query import StoredSweep, open_sweep
 
 _CSS_PIXELS_AN_INCH = 96
-UNITS = {"dose": "mean residual norms", "layer": "block, from 0"}
-"""Units of the parameters that mean the same in every job."""
+MOST_LISTED = 2000
+"""Trials in the page's table; a browser takes seconds for more, and the scatter has them all."""
 
 
 class Image(NamedTuple):
@@ -61,6 +64,7 @@ def _page(sweep: StoredSweep, target: Path) -> str:
     painted = _figures(found)
     for extraction in directions.shown:
         painted |= extraction.images
+    painted |= read_training(sweep, found)
     scans = read_scans(sweep, found)
     painted |= {scan.image: scan.figure for scan in scans}
     drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in painted.items()}
@@ -68,9 +72,16 @@ def _page(sweep: StoredSweep, target: Path) -> str:
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
         images=drawn,
+        points=scatter(sweep, found),
+        listed=_listed(found),
         axes=axes(found),
         others=others(found),
-        comparisons=compare_replies(sweep, found),
+        comparisons=(comparisons := compare_replies(sweep, found)),
+        made_of={
+            shown.trial["trial"]: lineage(sweep, found.trials[shown.trial["trial"]]["spec"])
+            for shown in comparisons
+        },
+        costs=_costs(sweep),
         directions=directions,
         scans=scans,
         items=_sizes(sweep, "items"),
@@ -78,6 +89,22 @@ def _page(sweep: StoredSweep, target: Path) -> str:
         attempts=_failed_attempts(sweep),
         elapsed=sweep.rows("SELECT max(finished) - min(started) AS seconds FROM attempts")[0]["seconds"],
     )
+
+
+def _listed(found: Findings) -> dict[int, Record]:
+    """The trials of the page's table: of many those of the front, then the best by the first objective."""
+    if len(found.trials) <= MOST_LISTED:
+        return found.trials
+    [first, *_] = found.identity["objectives"]
+    sign = -1 if first["direction"] == "maximize" else 1
+    front = [row["trial"] for row in found.front]
+    values = {trial: row["chosen"].get(first["metric"]) for trial, row in found.scored.items()}
+    scored = sorted(
+        (trial for trial, value in values.items() if value is not None),
+        key=lambda trial: sign * values[trial],
+    )
+    chosen = list(dict.fromkeys([*front, *scored, *found.trials]))[:MOST_LISTED]
+    return {trial: found.trials[trial] for trial in sorted(chosen)}
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str, split: str = "chosen") -> np.ndarray:
@@ -131,7 +158,7 @@ def _heatmap(rows: Sequence[Record], x: str, y: str, measure: Measure) -> tuple[
         for end, place in (("highest", values.argmax()), ("lowest", values.argmin()))
     ]
     alt = f"Heat-map of {measure.name} by {y} and {x}: {'; '.join(ends)}."
-    measures = (_parameter(x), _parameter(y), measure)
+    measures = (parameter(x), parameter(y), measure)
     return alt, lambda theme: figures.heatmap_figure(across, down, values, measures, theme)
 
 
@@ -152,7 +179,7 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
     ]
     across, lines = _setting(rows, x), _setting(rows, y) if y else None
     alt = f"Curves of {', '.join(names)} over {x}" + (f", a colour for each {y}." if y else ".")
-    measures = (_parameter(x), _parameter(y) if y else None)
+    measures = (parameter(x), parameter(y) if y else None)
     # A line through values that a sampler drew, or through a mixture of other parameters, would mislead.
     is_grid = lines is None or 2 * len(np.unique(across)) <= len(across)
     is_joined = is_grid and not others(found)
@@ -163,10 +190,6 @@ def _curves(found: Findings, rows: Sequence[Record], x: str, y: str | None) -> t
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
-
-
-def _parameter(name: str) -> Measure:
-    return Measure(name, UNITS.get(name, ""))
 
 
 def _draw(path: Path, alt: str, paint: Paint) -> Image:
@@ -186,6 +209,17 @@ def _sizes(sweep: StoredSweep, table: str) -> dict[str, int]:
     """Split -> number of prompts in a table."""
     rows = sweep.rows(f"SELECT split, count(DISTINCT item) AS number FROM {table} GROUP BY split")
     return {row["split"]: row["number"] for row in sorted(rows, key=lambda row: row["split"], reverse=True)}
+
+
+def _costs(sweep: StoredSweep) -> list[Record]:
+    """Packs and worker seconds of each job, those spent in vain among them."""
+    return sweep.rows(
+        "SELECT job, count(*) AS packs, sum(seconds) AS seconds, "
+        "coalesce(sum(seconds) FILTER (NOT is_ok), 0) AS in_vain FROM ("
+        "SELECT job, bool_and(state = 'ok') AS is_ok, max(finished) - min(started) AS seconds "
+        "FROM attempts WHERE started IS NOT NULL GROUP BY job, pack, worker, started"
+        ") GROUP BY job ORDER BY seconds DESC"
+    )
 
 
 def _failed_attempts(sweep: StoredSweep) -> list[Record]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from orchestrator.lineage import stored_specs
-from storage.artifacts import Artifact
+from storage.artifacts import Artifact, read_tensor
 from storage.query import StoredSweep, open_sweep
 from storage.store import Store
 
@@ -126,21 +125,9 @@ def _matrices(folder: Path, name: str) -> list[tuple[str, str, Artifact, np.ndar
     rows = {row["spec"]: row for row in Store(folder).rows("artifacts")}  # the latest, if one was lost
     found = []
     for spec, row in sorted(rows.items()):
-        matrix = _tensor(folder / row["path"], name)
+        matrix = read_tensor(folder / row["path"], name)
         if matrix is not None and matrix.ndim == 2:
             found.append((spec, row["job"], Artifact(row["hash"], row["path"], row["bytes"]), matrix))
-    return found
-
-
-def _tensor(path: Path, name: str) -> np.ndarray | None:
-    """A tensor of an artifact; None where it has none of that name, or is gone."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if name not in file.keys():  # noqa: SIM118 - the file is no mapping
-                return None
-            found: np.ndarray = file.get_tensor(name)
-    except (SafetensorError, OSError):
-        return None
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -42,6 +43,18 @@ def read_artifact(folder: Path, artifact: Artifact) -> dict[str, np.ndarray]:
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray | None:
+    """A tensor of an artifact; None where it has none of that name, or is gone."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if name not in file.keys():  # noqa: SIM118 - the file is no mapping
+                return None
+            found: np.ndarray = file.get_tensor(name)
+    except (SafetensorError, OSError):
+        return None
+    return found
 
 
 def artifact_bytes(folder: Path, artifact: Artifact) -> bytes:
