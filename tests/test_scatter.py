@@ -176,7 +176,7 @@ def test_replies_say_what_they_were_made_of(folder: Path) -> None:
     Store(folder).commit([], specs=[need, *specs], artifacts=[artifact])
     text = " ".join(page_of(folder).text.split())
     assert (
-        f"jobs.extract direction, artifact {kept.sha256[:12]}. Data: jobs.steer:pairs abc. Code: cccccccccccc."
+        f"jobs.extract direction, artifact {kept.sha256[:12]}. Data: jobs.steer:pairs abc. Code: cccccccccccc"
         in text
     )
 
