@@ -1,4 +1,4 @@
-# make install | demo | test | chaos | studies | lint | bench-steering | bench-melbo |
+# make install | demo | test | chaos | browser | studies | lint | bench-steering | bench-melbo |
 #      bench-orchestrator | bench-storage | bench-gpu | lock
 
 VENV := .venv
@@ -16,7 +16,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
-.PHONY: install demo test chaos studies lint bench-steering bench-melbo bench-orchestrator bench-storage \
+.PHONY: install demo test chaos browser studies lint bench-steering bench-melbo bench-orchestrator bench-storage \
 	bench-gpu lock
 
 install: $(STAMP)
@@ -49,6 +49,10 @@ test: install
 # The kills that `make test` leaves out; writes benchmarks/results/chaos.json.
 chaos: install
 	$(BIN)/python -m benchmarks.chaos
+
+# The pages in a real browser: chromium and chromedriver, which Debian has as chromium and chromium-driver.
+browser: install
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 lint: install
 	$(BIN)/ruff check .
