@@ -5,6 +5,7 @@ import math
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -98,7 +99,8 @@ class TableStream:
     """A file of one table whose rows come in chunks and are written as they come.
 
     What is there so far stands under another name, which readers pass by and `remove_staging` removes, until
-    the stream is finished.
+    the stream is finished. What has been gathered is compressed and written by a thread while more comes, and
+    another takes the hash behind it, so twice the rows of `buffered_bytes` are held at the most.
 
     Args:
         folder: The sweep's folder.
@@ -125,7 +127,12 @@ class TableStream:
         self._staging = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
         with _refusals(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._staging.open("w+b")
+            # Not a file of Python's: its thread would wait for this one at every page.
+            self._file = pa.OSFile(str(self._staging), "wb")
+            self._hash = _FollowingHash(self._staging)
+        # Compressing is most of the time; it goes on while the next rows come.
+        self._compressing = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
         self._writer = pq.ParquetWriter(
             self._file,
             arrow_schema(table),
@@ -159,25 +166,38 @@ class TableStream:
             self._write_out()
 
     def _write_out(self) -> None:
-        for parts in self._buffered.values():
+        self._await()
+        self._pending = self._compressing.submit(self._write_groups, list(self._buffered.values()))
+        self._buffered, self.buffered_bytes = {}, 0
+
+    def _write_groups(self, groups: list[list[pa.Table]]) -> None:
+        for parts in groups:
             together = pa.concat_tables(parts).combine_chunks()
             bytes_per_row = max(1, together.nbytes // max(1, together.num_rows))
             with _refusals(self._path):
                 self._writer.write_table(together, row_group_size=max(1, ROW_GROUP_BYTES // bytes_per_row))
-        self._buffered, self.buffered_bytes = {}, 0
+            self._hash.follow()
+
+    def _await(self) -> None:
+        """Rows that were handed over are written; raises what became of them."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def finish(self) -> TableFile:
         """Write what is left and put the file in its place, whole. Raises StoreError if the disk refuses."""
         if self._buffered:
             self._write_out()
+        self._await()
+        self._compressing.shutdown()
         with _refusals(self._path):
             self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            size = self._file.tell()
-            self._file.seek(0)
-            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
             self._file.close()
+            digest = self._hash.finish()
+            self._hash.close()
+            with self._staging.open("rb") as written:
+                os.fsync(written.fileno())
+                size = os.fstat(written.fileno()).st_size
             self._staging.replace(self._path)
         path = str(self._path.relative_to(self._folder))
         return TableFile(self._table, path, self.rows, size, digest, SCHEMA_VERSION)
@@ -185,12 +205,42 @@ class TableStream:
     def abandon(self) -> None:
         """Leave nothing behind; after `finish` it does nothing."""
         self._buffered, self.buffered_bytes = {}, 0
+        with suppress(StoreError):
+            self._await()
+        self._compressing.shutdown()
         with suppress(OSError, pa.ArrowException):
             self._writer.close()
         with suppress(OSError):
             self._file.close()
+        self._hash.close()
         with suppress(OSError):
             self._staging.unlink()
+
+
+class _FollowingHash:
+    """The hash of a file that is only added to, taken while more is added."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+
+    def follow(self) -> None:
+        """Go on, elsewhere, to where the file ends then."""
+        self._thread.submit(self._take)
+
+    def _take(self) -> None:
+        while content := self._file.read(2**20):
+            self._hash.update(content)
+
+    def finish(self) -> str:
+        """The hash of all of it."""
+        self._thread.submit(self._take).result()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._file.close()
 
 
 def _arrays(table: str) -> list[str]:

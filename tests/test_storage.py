@@ -300,7 +300,7 @@ def test_a_stream_keeps_copies_of_its_callers_arrays(tmp_path: Path) -> None:
     assert read_rows(tmp_path, "activations", [stream.finish()]) == expected
 
 
-def test_a_stream_holds_no_more_than_a_row_group_however_much_is_written(
+def test_a_stream_holds_what_comes_and_what_is_being_written_however_much_that_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, rows, width, times = 2**18, 64, 256, 20
@@ -316,7 +316,7 @@ def test_a_stream_holds_no_more_than_a_row_group_however_much_is_written(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert limit / 2 < buffered < limit
-    assert peak + arrow < 4 * limit
+    assert peak + arrow < 6 * limit
     [half] = staging(tmp_path)
     assert half.stat().st_size > 0.8 * times * limit, "it is on the disk before the stream is finished"
     found = pq.ParquetFile(tmp_path / stream.finish().path).metadata
@@ -888,7 +888,7 @@ def test_an_artifact_that_is_not_what_was_stored_is_refused(tmp_path: Path) -> N
     with pytest.raises(SteersweepError, match="has changed since it was stored"):
         read_artifact(tmp_path, artifact)
     path.unlink()
-    with pytest.raises(SteersweepError, match=r"is gone; run .*resume"):
+    with pytest.raises(SteersweepError, match=r"is gone; .*resume.*replay"):
         read_artifact(tmp_path, artifact)
     assert write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)}) == artifact
     read_artifact(tmp_path, artifact)
