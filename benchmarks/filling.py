@@ -35,7 +35,14 @@ def fill(folder: Path, trials: int) -> dict[str, Any]:
     identity = {
         "sweep": "filled",
         "space": "filled",
+        "description": "Made-up results.",
+        "job": "made.up",
+        "model": {"id": "none", "revision": None, "dtype": "float32"},
+        "seed": 0,
+        "config": {"workers": 1},
+        "provenance": {"git_revision": None},
         "trials": trials,
+        "metrics": {metric: {"unit": "", "meaning": "made up"} for metric in METRICS},
         "parameters": {"layer": "BIGINT", "dose": "DOUBLE"},
         "objectives": [{"metric": metric, "direction": direction} for metric, direction in OBJECTIVES],
     }

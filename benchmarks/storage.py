@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import activations
 from benchmarks.filling import OBJECTIVES
 from benchmarks.machine import describe
+from orchestrator.report import write_report
 from storage.front import front
 from storage.mlflow_log import Mirror, tracking_uri
 from storage.pareto import pareto
@@ -30,6 +31,7 @@ TRIALS = 1_000_000
 MIRRORED = 10_000
 COMPARED = 5_000
 """Trials of the sweep that MLflow is asked about too."""
+REPORTED = 20_000
 
 
 def _pareto(sweep: StoredSweep, folder: Path) -> Any:
@@ -51,6 +53,10 @@ def _dose_response(sweep: StoredSweep, folder: Path) -> Any:
 
 def _mirror(sweep: StoredSweep, folder: Path) -> Any:
     return Mirror(folder).sync()
+
+
+def _report(sweep: StoredSweep, folder: Path) -> Any:
+    return write_report(folder).stat().st_size / 1e6
 
 
 def _pareto_in_mlflow(sweep: StoredSweep, folder: Path) -> Any:
@@ -78,6 +84,7 @@ QUESTIONS: dict[str, Callable[[StoredSweep, Path], Any]] = {
     "completions": _completions,
     "dose_response": _dose_response,
     "mirror": _mirror,
+    "report": _report,
     "pareto_in_mlflow": _pareto_in_mlflow,
 }
 
@@ -126,6 +133,9 @@ def measure(place: Path, trials: int) -> dict[str, Any]:
     found["mlflow_ratio"] = there["seconds"] / here["seconds"]
     _fill(place / "mirrored", MIRRORED)
     found["mirror_minutes"] = _ask(place / "mirrored", "mirror", times=1)["seconds"] / 60
+    _fill(place / "reported", REPORTED)
+    report = _ask(place / "reported", "report", times=1)
+    found |= {"report_seconds": report["seconds"], "report_mb": report["answer"]}
     return found | activations.measure(place / "states", activations.states())
 
 

@@ -51,6 +51,8 @@ class RunConfig(BaseModel):
             None = never.
         mlflow: URI of the MLflow store or server; None keeps `mlflow.db` in the sweep's folder,
             or on this machine where that is on a network file system.
+        system_metrics: Whether MLflow also gets what CPU, memory, disk, network and GPUs of the driver's
+            machine do.
         storage: URL of a PostgreSQL database for Optuna's study, such as `postgresql://me@host/studies`; None
             keeps `optuna.journal` in the sweep's folder.
         results: URI such as `s3://bucket/sweeps`, under which the sweep's files are exchanged, and kept
@@ -84,6 +86,7 @@ class RunConfig(BaseModel):
     least_gain: float | None = Field(None, gt=0, allow_inf_nan=False)
     budget_disk_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     mlflow: str | None = None
+    system_metrics: bool = False
     storage: str | None = None
     results: str | None = None
 

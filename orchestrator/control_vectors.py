@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save
 
 from jobs import catalog
 from jobs.directions.vector_files import VECTOR_SUFFIXES, write_gguf, write_safetensors
@@ -13,6 +14,7 @@ from jobs.errors import SpecError
 from jobs.spec import canonical_json
 from orchestrator.stored_vectors import Directions, LearnedSet, stored_directions, stored_sets
 from storage.artifacts import read_artifact
+from storage.durable import publish
 from storage.query import open_sweep
 
 
@@ -73,6 +75,31 @@ def write_control_vector(folder: Path, chosen: Chosen) -> dict[str, Any]:
     if chosen.out.suffix == ".gguf":
         directions.pop(0, None)
     return {**source.to_json(), **multiplier, "file": str(chosen.out), "written": sorted(directions)}
+
+
+def write_front_vectors(folder: Path) -> list[Path]:
+    """Write the vectors of the trials on the front to `report/vectors.safetensors`, for MLflow's pages.
+
+    Returns:
+        The file, whose tensors are named `trial.N.NAME.layer.L`; nothing if no trial there has any.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+        StoreError: If the disk refuses.
+    """
+    with open_sweep(folder).moment() as sweep:
+        rows = sweep.rows(
+            "SELECT trial, name, layer, vector FROM vectors SEMI JOIN pareto USING (trial) ORDER BY ALL"
+        )
+    if not rows:
+        return []
+    tensors = {
+        f"trial.{row['trial']}.{row['name']}.layer.{row['layer']}": np.asarray(row["vector"], np.float32)
+        for row in rows
+    }
+    path = folder / "report" / "vectors.safetensors"
+    publish(path, save(tensors, {"sweep": sweep.identity["sweep"]}))
+    return [path]
 
 
 def _chosen(

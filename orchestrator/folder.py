@@ -27,7 +27,7 @@ _STARTED_WITH = ("space", "source", "fixed", "config")
 _MAY_CHANGE = (
     *("workers", "cpus_per_worker", "gpus_per_worker", "memory_gib", "max_attempts"),
     *("resources", "labels", "loads_at_once", "wait_seconds", "answer_seconds", "pack_seconds"),
-    *("budget_hours", "budget_device_hours", "budget_disk_gib", "least_gain", "results"),
+    *("budget_hours", "budget_device_hours", "budget_disk_gib", "least_gain", "results", "system_metrics"),
 )
 """Fields of the configuration that say who computes, and nothing of what."""
 

@@ -163,6 +163,23 @@ def doctor(
     raise typer.Exit(0 if found["consistent"] else 1)
 
 
+def mirror(
+    folder: Folder,
+    to: Annotated[
+        str | None, typer.Option(help="MLflow store or server; as the sweep's own configuration says without.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a sweep's runs to MLflow, anew or elsewhere, from its tables."""
+    from orchestrator.mirroring import mirror_again
+
+    runs = mirror_again(folder, to)
+    if as_json:
+        print_json({"written": runs})
+    else:
+        say(f"{runs} runs were missing and are there now")
+
+
 def gc(
     folder: Folder,
     retention: Annotated[

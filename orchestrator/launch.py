@@ -15,13 +15,13 @@ from orchestrator.config import RunConfig
 from orchestrator.folder import check_free, claimed
 from orchestrator.garbage import collect_garbage
 from orchestrator.interrupts import Interrupts, stoppable
+from orchestrator.mirroring import write_pages
 from orchestrator.models import varied_models
 from orchestrator.planning import Planner, check_unchanged, planned_trials
 from orchestrator.progress import ConsoleProgress
 from orchestrator.ray_cluster import connected
 from orchestrator.ray_pool import RayPool
 from orchestrator.reopening import open_sampler
-from orchestrator.report import write_report
 from orchestrator.space_file import SpaceFile, check_space
 from orchestrator.study import open_database
 from orchestrator.sweep import Sweep
@@ -140,7 +140,7 @@ def _drive(
             stack.enter_context(closing(Backup(folder, remote)))
         pool = stack.enter_context(closing(RayPool(folder, config, loaded, remote_uri)))
         warm_up()
-        mirror = BackgroundMirror(folder, config.mlflow)
+        mirror = BackgroundMirror(folder, config.mlflow, watches_machine=config.system_metrics)
         try:
             with ConsoleProgress(console) as progress:
                 sweep = Sweep(
@@ -161,8 +161,7 @@ def _drive(
                 raise KeyboardInterrupt
             is_complete = True
             pool.close()
-            report = write_report(folder)
-            kept = [report, *sorted(report.parent.glob("*.png"))]
+            kept = write_pages(folder)
         finally:
             pool.close()
             mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)

@@ -19,10 +19,13 @@ class BackgroundMirror:
     Args:
         folder: The sweep's folder.
         uri: MLflow store or server; None for the store in the folder.
+        watches_machine: Whether what this machine's processors and memory do is logged too.
     """
 
-    def __init__(self, folder: Path, uri: str | None = None) -> None:
+    def __init__(self, folder: Path, uri: str | None = None, *, watches_machine: bool = False) -> None:
         self._mirror = Mirror(folder, uri)
+        self._watches_machine = watches_machine
+        self._end_watch: Callable[[], None] | None = None
         self._wanted = threading.Event()
         self._wanted.set()  # MLflow shows from the beginning that the sweep runs
         self._closing = threading.Event()
@@ -75,9 +78,13 @@ class BackgroundMirror:
 
     def _sync(self) -> None:
         self._mirror.sync(self._stopped.is_set)
+        if self._watches_machine and self._end_watch is None:
+            self._end_watch = self._mirror.watch()
 
     def _finish(self) -> None:
         self._sync()
+        if self._end_watch is not None:
+            self._end_watch()
         is_behind = self._stopped.is_set()
         self._mirror.finish(() if is_behind else self._artifacts, is_complete=self._is_sweep_complete)
         self._has_everything = not is_behind

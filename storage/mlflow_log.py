@@ -20,13 +20,14 @@ from storage.query import StoredSweep, open_sweep
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 _SWEEP_TAG = "steersweep.sweep"
 _TRIAL_TAG = "steersweep.trial"
 _SUFFIXES = {"select": "", "report": "_report", "extract": "_extract"}
 _MAX_PARAMS = 20  # of a run; beyond this, and the next, MLflow's pages become slow
 _MAX_METRICS = 30
+_MAX_DIGEST = 36  # characters of a dataset's hash
 _MAX_CHARACTERS = 500  # of a parameter or a tag; old servers refuse more
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -131,10 +132,27 @@ class Mirror:
         parent = (self._runs or self._find_runs(sweep)).parent
         self._runs = None
         finished = _log_summary(client, sweep, parent)
+        _log_datasets(client, sweep, parent)
         for path in artifacts:
             client.log_artifact(parent.info.run_id, str(path))
         status = "FINISHED" if is_complete else "KILLED"
         client.set_terminated(parent.info.run_id, status, _milliseconds(finished))
+
+    def watch(self) -> Callable[[], None]:
+        """Log what this machine's CPU, memory, disk, network and GPUs do to the sweep's run, every 10 s.
+
+        Returns:
+            What ends it.
+
+        Raises:
+            Exception: Whatever MLflow raises.
+        """
+        parent = (self._runs or self._find_runs(open_sweep(self._folder))).parent
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(parent.info.run_id, tracking_uri=self._uri, resume_logging=True)
+        monitor.start()
+        return monitor.finish
 
     def differences(self) -> dict[str, str]:
         """Where MLflow says something else than the tables, of a sweep that nobody drives.
@@ -279,6 +297,35 @@ def _log_summary(client: "MlflowClient", sweep: StoredSweep, parent: "Run") -> f
     _log(client, parent, {}, metrics, seconds=finished, step=sum(ended.values()))
     client.set_tag(parent.info.run_id, "mlflow.note.content", description)
     return finished
+
+
+def _log_datasets(client: "MlflowClient", sweep: StoredSweep, parent: "Run") -> None:
+    """Log the datasets that the sweep's jobs have read as inputs of its run, by name and hash."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    read: dict[tuple[str, str, str], str] = {}
+    for row in sweep.rows("SELECT DISTINCT params, data FROM specs WHERE data <> '{}'"):
+        params = json.loads(row["params"])
+        for key, digest in json.loads(row["data"]).items():
+            field = key.rpartition(":")[2]
+            source = params.get(field)
+            source = source if isinstance(source, str) and source else field
+            read[Path(source).stem, digest[:_MAX_DIGEST], source] = field
+    inputs = [
+        DatasetInput(
+            Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source})),
+            [InputTag("mlflow.data.context", field)],
+        )
+        for (name, digest, source), field in sorted(read.items())
+    ]
+    known = {(each.dataset.name, each.dataset.digest) for each in _inputs_of(client, parent)}
+    if new := [each for each in inputs if (each.dataset.name, each.dataset.digest) not in known]:
+        client.log_inputs(parent.info.run_id, new)
+
+
+def _inputs_of(client: "MlflowClient", run: "Run") -> "list[DatasetInput]":
+    inputs = client.get_run(run.info.run_id).inputs
+    return list(inputs.dataset_inputs) if inputs else []
 
 
 def _log_trial(client: "MlflowClient", sweep: StoredSweep, runs: _Runs, trial: Mapping[str, Any]) -> None:

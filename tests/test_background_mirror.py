@@ -177,3 +177,19 @@ def test_close_returns_when_its_time_is_up_says_so_and_leaves_whole_runs(
     assert parent.info.status == status
     assert {trial: run.info.status for trial, run in children.items()} == {0: "FINISHED"}
     assert Mirror(folder).sync() == 3
+
+
+def test_the_machine_is_watched_from_the_first_run_until_the_sweep_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def watch(mirror: Mirror) -> Callable[[], None]:
+        happened.append("begun")
+        return lambda: happened.append("ended")
+
+    monkeypatch.setattr(Mirror, "watch", watch)
+    assert BackgroundMirror(folder, watches_machine=True).close([], timeout_seconds=60, is_complete=True)
+    assert happened == ["begun", "ended"]
+    assert BackgroundMirror(folder).close([], timeout_seconds=60, is_complete=True)
+    assert happened == ["begun", "ended"]

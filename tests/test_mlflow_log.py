@@ -402,3 +402,39 @@ def test_an_answer_that_is_lost_makes_no_second_run(
 def test_importing_the_mirror_does_not_import_mlflow() -> None:
     code = "import sys, storage.background_mirror, storage.mlflow_ui; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_datasets_that_jobs_have_read_are_inputs_of_the_sweeps_run_once(folder: Path) -> None:
+    commit(folder, 0, effect=1.0)
+    read = [
+        ("a", {"pairs": "tone_pairs", "dose": 1}, {"jobs.extract:pairs": "ab" * 32}),
+        ("b", {"pairs": "tone_pairs", "dose": 2}, {"jobs.extract:pairs": "ab" * 32}),
+        ("c", {"prompts": "mine/asked.jsonl"}, {"jobs.generate:prompts": "cd" * 32}),
+        ("d", {}, {}),
+    ]
+    rows = [{"spec": spec, "params": json.dumps(params), "data": json.dumps(data)} for spec, params, data in read]
+    Store(folder).commit([], specs=rows)
+    mirror = Mirror(folder)
+    mirror.sync()
+    mirror.finish()
+    mirror.finish()
+    [found] = [runs_of(folder)[0].inputs.dataset_inputs]
+    assert sorted((each.dataset.name, each.dataset.digest, each.dataset.source) for each in found) == [
+        ("asked", ("cd" * 32)[:36], '{"uri": "mine/asked.jsonl"}'),
+        ("tone_pairs", ("ab" * 32)[:36], '{"uri": "tone_pairs"}'),
+    ]
+    assert {tag.value for each in found for tag in each.tags} == {"pairs", "prompts"}
+
+
+def test_what_the_machine_does_is_logged_while_it_is_watched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    commit(folder, 0, effect=1.0)
+    mirror = Mirror(folder)
+    mirror.sync()
+    end = mirror.watch()
+    time.sleep(1.5)
+    end()
+    names = runs_of(folder)[0].data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= names.keys()

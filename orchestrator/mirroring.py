@@ -1,0 +1,43 @@
+"""What MLflow gets of a sweep besides its runs, and all of it once more."""
+
+from pathlib import Path
+
+from orchestrator.control_vectors import write_front_vectors
+from orchestrator.planning import planned_trials
+from orchestrator.reopening import load_kept
+from orchestrator.report import write_report
+from storage.lock import driving
+from storage.mlflow_log import Mirror
+from storage.query import open_sweep
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """Write the report, its figures and the vectors of the front; gives the files.
+
+    Raises:
+        SpecError: If the folder holds no sweep.
+        StoreError, OSError: If the disk refuses.
+    """
+    page = write_report(folder)
+    return [page, *sorted(page.parent.glob("*.png")), *write_front_vectors(folder)]
+
+
+def mirror_again(folder: Path, uri: str | None = None) -> int:
+    """Write what MLflow lacks of a sweep that nobody drives; gives how many trials that were.
+
+    Args:
+        folder: The sweep's folder.
+        uri: MLflow store or server; None takes the one that the sweep was configured with.
+
+    Raises:
+        SpecError: If the folder holds no sweep, or somebody drives it.
+        Exception: Whatever MLflow raises; the next call goes on where this one ended.
+    """
+    file, config = load_kept(folder)
+    with driving(folder):
+        counts = open_sweep(folder).counts()
+        ended = sum(counts[state] for state in ("completed", "infeasible", "failed"))
+        mirror = Mirror(folder, uri or config.mlflow)
+        written = mirror.sync()
+        mirror.finish(write_pages(folder), is_complete=ended >= planned_trials(file.space, config))
+    return written
