@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import activations
 from benchmarks.filling import OBJECTIVES
 from benchmarks.machine import describe
-from orchestrator.report import write_report
+from orchestrator.report.writing import write_report
 from storage.front import front
 from storage.mlflow_log import Mirror, tracking_uri
 from storage.pareto import pareto

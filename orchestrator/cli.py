@@ -257,7 +257,16 @@ _LOOK = (
     *(kept.status, kept.show, kept.compare, kept.replay, kept.pareto),
     *(kept.query, kept.files, kept.logs, kept.doctor, kept.gc),
 )
-_WRITE = (speaking.score, speaking.label, speaking.chat, kept.vectors, kept.export, kept.report, kept.mirror, kept.ui)
+_WRITE = (
+    speaking.score,
+    speaking.label,
+    speaking.chat,
+    kept.vectors,
+    kept.export,
+    kept.report,
+    kept.mirror,
+    kept.ui,
+)
 for command in (*_LOOK, *_WRITE):
     app.command()(command)
 app.command("jobs")(shipped.list_jobs)

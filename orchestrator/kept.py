@@ -166,7 +166,8 @@ def doctor(
 def mirror(
     folder: Folder,
     to: Annotated[
-        str | None, typer.Option(help="MLflow store or server; as the sweep's own configuration says without.")
+        str | None,
+        typer.Option(help="MLflow store or server; as the sweep's own configuration says without."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -355,7 +356,7 @@ def _written_line(written: Mapping[str, Any]) -> str:
 
 def report(folder: Folder, as_json: Json = False) -> None:
     """Write the report again: one HTML page that works offline, and its figures as PNG."""
-    from orchestrator.report import write_report
+    from orchestrator.report.writing import write_report
 
     path = write_report(folder)
     if as_json:

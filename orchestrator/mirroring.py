@@ -5,7 +5,7 @@ from pathlib import Path
 from orchestrator.control_vectors import write_front_vectors
 from orchestrator.planning import planned_trials
 from orchestrator.reopening import load_kept
-from orchestrator.report import write_report
+from orchestrator.report.writing import write_report
 from storage.lock import driving
 from storage.mlflow_log import Mirror
 from storage.query import open_sweep

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.comparisons import Reply, replies_of
-from orchestrator.findings import Record, control_of
 from orchestrator.lineage import lineage
+from orchestrator.report.comparisons import Reply, replies_of
+from orchestrator.report.findings import Record, control_of
 from storage.pareto import pareto
 from storage.query import StoredSweep, open_sweep
 

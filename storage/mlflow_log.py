@@ -150,9 +150,13 @@ class Mirror:
         parent = (self._runs or self._find_runs(open_sweep(self._folder))).parent
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(parent.info.run_id, tracking_uri=self._uri, resume_logging=True)
+        # MLflow has no types there.
+        monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            parent.info.run_id, tracking_uri=self._uri, resume_logging=True
+        )
         monitor.start()
-        return monitor.finish
+        end: Callable[[], None] = monitor.finish
+        return end
 
     def differences(self) -> dict[str, str]:
         """Where MLflow says something else than the tables, of a sweep that nobody drives.

@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from orchestrator.report import write_report
+from orchestrator.report.writing import write_report
 from storage.mlflow_log import Mirror
 from storage.query import open_sweep
 from tests.mirrored import served

@@ -10,12 +10,12 @@ import pytest
 from jobs.directions.vector_files import read_vectors
 from jobs.errors import SpecError
 from jobs.reading import behaviours
-from orchestrator.comparisons import compare_replies
 from orchestrator.control_vectors import Chosen, write_control_vector
-from orchestrator.findings import axes, others, read_findings
 from orchestrator.lineage import stored_specs
-from orchestrator.radius_section import read_scans
-from orchestrator.report import write_report
+from orchestrator.report.comparisons import compare_replies
+from orchestrator.report.findings import axes, others, read_findings
+from orchestrator.report.radius_scans import read_scans
+from orchestrator.report.writing import write_report
 from orchestrator.stored_vectors import stored_sets
 from search_spaces.base import Grid, Objective
 from storage.artifacts import read_artifact

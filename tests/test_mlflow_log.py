@@ -412,7 +412,9 @@ def test_the_datasets_that_jobs_have_read_are_inputs_of_the_sweeps_run_once(fold
         ("c", {"prompts": "mine/asked.jsonl"}, {"jobs.generate:prompts": "cd" * 32}),
         ("d", {}, {}),
     ]
-    rows = [{"spec": spec, "params": json.dumps(params), "data": json.dumps(data)} for spec, params, data in read]
+    rows = [
+        {"spec": spec, "params": json.dumps(params), "data": json.dumps(data)} for spec, params, data in read
+    ]
     Store(folder).commit([], specs=rows)
     mirror = Mirror(folder)
     mirror.sync()

@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jobs.errors import SpecError
-from orchestrator import direction_figures, figures
-from orchestrator.canvas import DARK, LIGHT, Measure, to_png
-from orchestrator.direction_section import read_section
-from orchestrator.figures import Plot
-from orchestrator.report import write_report
+from orchestrator.report import direction_figures, figures
+from orchestrator.report.canvas import DARK, LIGHT, Measure, to_png
+from orchestrator.report.directions import read_section
+from orchestrator.report.figures import Plot
+from orchestrator.report.writing import write_report
 from storage.artifacts import write_artifact
 from storage.manifest import StoredResult
 from storage.parquet import write_table
@@ -411,7 +411,7 @@ class TestAnySweep:
     @pytest.fixture(autouse=True)
     def _unpainted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Figures are built but not painted: that is most of a report's time, and seen above."""
-        monkeypatch.setattr("orchestrator.report.to_png", lambda figure: b"PNG")
+        monkeypatch.setattr("orchestrator.report.writing.to_png", lambda figure: b"PNG")
 
     def test_nothing_completed_is_said_so(self, tmp_path: Path) -> None:
         page = report(make_sweep(tmp_path / "empty", [], parameters=GRID, asked=3))
@@ -626,7 +626,7 @@ class TestDirections:
     def test_of_many_extractions_a_few_are_shown_and_all_are_counted(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("orchestrator.report.to_png", lambda figure: b"PNG")
+        monkeypatch.setattr("orchestrator.report.writing.to_png", lambda figure: b"PNG")
         path = make_sweep(tmp_path / "many", [], parameters=GRID)
         files = keep_directions(path, *(direction_arrays(best=layer, layers=6) for layer in range(1, 6)))
         files[1].unlink()

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator import report, scatter
-from orchestrator.findings import read_findings
-from orchestrator.training_section import Curve, read_training, training_figure
+from orchestrator.report import scatter, writing
+from orchestrator.report.findings import read_findings
+from orchestrator.report.training import Curve, read_training, training_figure
 from storage.artifacts import write_artifact
 from storage.query import open_sweep
 from storage.store import Store
@@ -21,7 +21,7 @@ BASELINE = ("Fine.", "The first day of the week.", "Water that falls.")
 
 @pytest.fixture(autouse=True)
 def _unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.report.to_png", lambda figure: b"PNG")
+    monkeypatch.setattr("orchestrator.report.writing.to_png", lambda figure: b"PNG")
 
 
 def points_of(folder: Path) -> Any:
@@ -119,7 +119,7 @@ def test_without_a_result_there_is_no_scatter(tmp_path: Path) -> None:
 def test_of_many_trials_the_table_shows_the_best_and_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MOST_LISTED", 6)
+    monkeypatch.setattr(writing, "MOST_LISTED", 6)
     page, sweep = page_of(folder), open_sweep(folder)
     listed = {int(each.removeprefix("trial-")) for each in page.attributes("id") if each.startswith("trial-")}
     front = {row["trial"] for row in sweep.pareto().to_pylist()}
@@ -200,7 +200,7 @@ def test_curves_of_training_end_where_their_trial_does(tmp_path: Path) -> None:
     assert "trial 0: 2 to 3.5" in alt
     assert "trial 1: 9 to 18" in alt
     assert "trial 2" not in alt
-    lines = paint(report.LIGHT).axes[0].get_lines()
+    lines = paint(writing.LIGHT).axes[0].get_lines()
     assert {tuple(line.get_ydata()) for line in lines} == {(2.0, 2.5, 3.5), (9.0, 18.0)}
-    assert training_figure([Curve(0, np.ones(2))], "loss", report.DARK).axes[0].get_ylabel() == "loss"
-    assert "What each step found" in Page(report.write_report(folder)).text
+    assert training_figure([Curve(0, np.ones(2))], "loss", writing.DARK).axes[0].get_ylabel() == "loss"
+    assert "What each step found" in Page(writing.write_report(folder)).text

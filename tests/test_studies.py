@@ -13,7 +13,7 @@ from jobs.reading import behaviours
 from jobs.resolve import parse_use
 from jobs.scoring import similarity
 from jobs.scoring.statistics import wilson_interval
-from orchestrator.report import write_report
+from orchestrator.report.writing import write_report
 from orchestrator.space_file import load_space
 from search_spaces.base import Grid
 from storage.query import open_sweep

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from orchestrator.canvas import Figure, Theme, colour_bar, new_figure, style
+from orchestrator.report.canvas import Figure, Theme, colour_bar, new_figure, style
 
 _WITHIN_SCALE = 0.98
 """Share of a heat-map's cells that the colours tell apart."""

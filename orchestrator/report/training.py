@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestrator.canvas import Figure, Paint, Theme, new_figure, style
-from orchestrator.findings import Findings
+from orchestrator.report.canvas import Figure, Paint, Theme, new_figure, style
+from orchestrator.report.findings import Findings
 from storage.artifacts import read_tensor
 from storage.query import StoredSweep
 

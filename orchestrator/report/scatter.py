@@ -6,10 +6,10 @@ from itertools import accumulate
 from typing import Any
 
 from jobs.spec import UNSTEERED
-from orchestrator.canvas import Measure
-from orchestrator.comparisons import Reply, replies_of
-from orchestrator.findings import Findings, Record, is_number, parameter
-from orchestrator.page import visible
+from orchestrator.report.canvas import Measure
+from orchestrator.report.comparisons import Reply, replies_of
+from orchestrator.report.findings import Findings, Record, is_number, parameter
+from orchestrator.report.page import visible
 from storage.query import StoredSweep
 
 MOST_CHARACTERS = 4_000_000

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orchestrator import figures
-from orchestrator.canvas import DARK, LIGHT, Measure, Paint, to_png
-from orchestrator.comparisons import compare_replies
-from orchestrator.direction_section import read_section
-from orchestrator.figures import Plot
-from orchestrator.findings import Findings, Record, axes, others, parameter, read_findings
 from orchestrator.lineage import lineage
-from orchestrator.page import page_template
-from orchestrator.radius_section import read_scans
-from orchestrator.scatter import scatter
-from orchestrator.training_section import read_training
+from orchestrator.report import figures
+from orchestrator.report.canvas import DARK, LIGHT, Measure, Paint, to_png
+from orchestrator.report.comparisons import compare_replies
+from orchestrator.report.directions import read_section
+from orchestrator.report.figures import Plot
+from orchestrator.report.findings import Findings, Record, axes, others, parameter, read_findings
+from orchestrator.report.page import page_template
+from orchestrator.report.radius_scans import read_scans
+from orchestrator.report.scatter import scatter
+from orchestrator.report.training import read_training
 from storage.durable import publish
 from storage.query import StoredSweep, open_sweep
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orchestrator import direction_figures as figures
-from orchestrator.canvas import Paint
+from orchestrator.report import direction_figures as figures
+from orchestrator.report.canvas import Paint
 from storage.artifacts import Artifact, read_artifact
 from storage.durable import StoreError
 from storage.query import StoredSweep

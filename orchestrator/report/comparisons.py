@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jobs.spec import UNSTEERED
-from orchestrator.findings import Findings, Record, control_of, is_number, unsteered_specs
+from orchestrator.report.findings import Findings, Record, control_of, is_number, unsteered_specs
 from storage.query import StoredSweep
 from storage.views import quoted
 

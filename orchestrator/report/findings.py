@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jobs.spec import UNSTEERED
-from orchestrator.canvas import Measure
+from orchestrator.report.canvas import Measure
 from storage.pareto import scored_trials
 from storage.query import StoredSweep
 from storage.uncertainty import doubted_front

@@ -13,7 +13,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
-from orchestrator.canvas import Figure, Measure, Theme, colour_bar, new_figure, style
+from orchestrator.report.canvas import Figure, Measure, Theme, colour_bar, new_figure, style
 
 MOST_ROWS, MOST_COLUMNS, BINS = 48, 16, 12
 """Distinct values that a heat-map shows one by one; of more it shows `BINS` ranges."""

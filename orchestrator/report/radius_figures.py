@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.ticker import StrMethodFormatter
 
-from orchestrator.canvas import Figure, Theme, new_figure, style
+from orchestrator.report.canvas import Figure, Theme, new_figure, style
 
 
 class Line(NamedTuple):

@@ -7,11 +7,11 @@ import numpy as np
 
 from jobs.errors import SpecError
 from jobs.resolve import parse_use
-from orchestrator.canvas import Paint
-from orchestrator.comparisons import Reply, replies_of
-from orchestrator.findings import Findings, Record
 from orchestrator.lineage import lineage
-from orchestrator.radius_figures import Line, radius_figure
+from orchestrator.report.canvas import Paint
+from orchestrator.report.comparisons import Reply, replies_of
+from orchestrator.report.findings import Findings, Record
+from orchestrator.report.radius_figures import Line, radius_figure
 from storage.query import StoredSweep
 
 MOST_SHOWN = 4

@@ -38,7 +38,7 @@ def page_template() -> Template:
         "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
         "pretty": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
     }
-    return environment.get_template("report.html.j2")
+    return environment.get_template("page.html.j2")
 
 
 def _value(metrics: Mapping[str, float | None], name: str) -> Value:
