@@ -8,7 +8,9 @@ import pyarrow as pa
 
 from jobs.spec import choosing_split
 from storage.front import front
+from storage.parquet import numbers
 from storage.query import StoredSweep
+from storage.views import identifier
 
 
 class Points(NamedTuple):
@@ -39,15 +41,20 @@ class Points(NamedTuple):
 def read_points(sweep: StoredSweep) -> Points:
     """The view `points` as arrays."""
     names = [objective["metric"] for objective in sweep.identity["objectives"]]
-    found = sweep.query("SELECT * FROM points")
+    values = ", ".join(
+        f"coalesce({identifier(name + tail)}, 'nan') AS {identifier(name + tail)}"
+        for name in names
+        for tail in ("", "_report")
+    )
+    found = sweep.query(f"SELECT trial, chosen_on, {values} FROM points")
 
     def columns(tail: str) -> np.ndarray:
-        return np.column_stack([found[name + tail].to_numpy() for name in names]).astype(float)
+        return np.column_stack([numbers(found[name + tail]) for name in names])
 
     return Points(
         names,
         [objective["direction"] for objective in sweep.identity["objectives"]],
-        found["trial"].to_numpy(),
+        numbers(found["trial"]),
         columns(""),
         columns("_report"),
         found["chosen_on"],
@@ -56,8 +63,9 @@ def read_points(sweep: StoredSweep) -> Points:
 
 def pareto(sweep: StoredSweep) -> list[dict[str, Any]]:
     """Completed trials of the front, best first objective first, as `described` has them."""
-    points = read_points(sweep)
-    return described(sweep, points, front_of(points))
+    with sweep.moment() as now:
+        points = read_points(now)
+        return described(now, points, front_of(points))
 
 
 def front_of(points: Points) -> np.ndarray:

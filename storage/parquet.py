@@ -356,6 +356,11 @@ def unpacked(content: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(content, np.dtype(dtype).newbyteorder("<")).astype(np.float32)
 
 
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column without nulls; Arrow's own way imports pandas first, which takes a quarter of a second."""
+    return np.from_dlpack(column.combine_chunks())
+
+
 def to_arrow(table: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """The rows as they will be stored.
 

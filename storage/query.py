@@ -153,6 +153,10 @@ class _Moment(StoredSweep):
     def _relations(self) -> AbstractContextManager[Relations]:
         return nullcontext(self._kept)
 
+    @contextmanager
+    def moment(self) -> Iterator[StoredSweep]:
+        yield self
+
 
 def _why(error: duckdb.Error) -> str:
     """All that DuckDB says, on one line, without the picture of the statement."""

@@ -13,7 +13,7 @@ from storage.durable import StoreError
 from storage.front import front
 from storage.ledger import read_open
 from storage.lock import driver
-from storage.parquet import PACKED_SINCE, TableFile, unpacked
+from storage.parquet import PACKED_SINCE, TableFile, numbers, unpacked
 from storage.schema import RESULT_TABLES, ROW_GROUPS_BY, SCHEMA_VERSION, TABLES
 from storage.scores import scores_of
 from storage.store import Store
@@ -95,9 +95,10 @@ class Relations:
         connection = self.connection
         objectives = self._identity["objectives"]
         columns = ", ".join(identifier(each["metric"]) for each in objectives)
-        found = connection.sql(f"SELECT trial, {columns} FROM points").to_arrow_table().drop_null()
-        values = np.column_stack([found[each["metric"]].to_numpy() for each in objectives]).astype(float)
-        kept = found["trial"].to_numpy()[front(values, [each["direction"] for each in objectives])]
+        known = " AND ".join(f"{identifier(each['metric'])} IS NOT NULL" for each in objectives)
+        found = connection.sql(f"SELECT trial, {columns} FROM points WHERE {known}").to_arrow_table()
+        values = np.column_stack([numbers(found[each["metric"]]) for each in objectives])
+        kept = numbers(found["trial"])[front(values, [each["direction"] for each in objectives])]
         connection.execute("CREATE TABLE stored.front (trial BIGINT)")
         if len(kept):
             connection.executemany("INSERT INTO stored.front VALUES (?)", [[each] for each in kept.tolist()])

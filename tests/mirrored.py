@@ -1,11 +1,15 @@
 """Sweeps for the tests of the MLflow mirror, and what MLflow says of them."""
 
+import base64
+import http.client
 import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -128,3 +132,42 @@ def served(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
             yield server, server.stdout.readline().strip()
         finally:
             server.terminate()
+
+
+@contextmanager
+def guarded(address: str, user: str, password: str) -> Iterator[str]:
+    """A server that passes requests on to another one for whoever knows user and password."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    expected = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    class Guard(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != expected:
+                status, kind, content = 401, "text/plain", b"who are you?"
+            else:
+                connection = http.client.HTTPConnection(host, int(port), timeout=60)
+                # The server answers those alone that call it by its own name.
+                headers = {**self.headers, "Host": f"{host}:{port}"}
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                status, kind, content = answer.status, answer.getheader("Content-Type", ""), answer.read()
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

@@ -12,11 +12,22 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from urllib3 import HTTPConnectionPool
 
 from storage.mlflow_log import Mirror, tracking_uri
 from storage.store import Store
-from tests.mirrored import IDENTITY, SECRET, STARTED, commit, make_database, make_sweep, runs_of, served
+from tests.mirrored import (
+    IDENTITY,
+    SECRET,
+    STARTED,
+    commit,
+    guarded,
+    make_database,
+    make_sweep,
+    runs_of,
+    served,
+)
 
 
 @pytest.fixture(scope="module")
@@ -338,11 +349,11 @@ def test_another_sqlite_store_can_be_named(folder: Path, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
-    """Address of a real server, user and password included."""
+    """Address of a real server that lets nobody in but with the user and password that are part of it."""
     folder = make_sweep(tmp_path_factory.mktemp("server") / "sweep")
     shutil.copy(empty_database, folder / "mlflow.db")
-    with served(folder) as (_, address):
-        yield address.replace("://", f"://reader:{SECRET}@")
+    with served(folder) as (_, address), guarded(address, "reader", SECRET) as guard:
+        yield guard.replace("://", f"://reader:{SECRET}@")
 
 
 @pytest.mark.slow
@@ -367,6 +378,21 @@ def test_a_server_gets_the_same_runs_and_no_password(
     told = "".join([*(str(dict(one)) for one in stored), caplog.text, *capfd.readouterr()])
     assert SECRET not in told
     assert "reader" not in told
+
+
+@pytest.mark.slow
+def test_a_server_that_asks_for_a_password_takes_it_from_the_environment_and_no_other(
+    folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(folder, 0, effect=1.0)
+    (folder / "sweep.json").write_text(json.dumps({**IDENTITY, "sweep": "guarded", "space": "guarded_grid"}))
+    address = server.replace(f"reader:{SECRET}@", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    with pytest.raises(MlflowException, match="401"):
+        Mirror(folder, address).sync()
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    assert Mirror(folder, address).sync() == 1
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ from orchestrator.report import scatter, writing
 from orchestrator.report.findings import read_findings
 from orchestrator.report.training import Curve, read_training, training_figure
 from storage.artifacts import write_artifact
+from storage.parquet import write_table
 from storage.query import open_sweep
-from storage.store import Store
+from storage.store import Part, Store
 from tests.test_report import GRID, NASTY, OBJECTIVES, PROMPTS, Page, Trial, make_sweep, tone_trials
 from tests.test_report import report as page_of
 
@@ -95,8 +96,27 @@ def test_of_too_many_replies_those_of_the_front_are_kept(
     monkeypatch.setattr(scatter, "MOST_CHARACTERS", 400)
     found = points_of(folder)
     front = [found["trials"][index] for index in found["front"]]
-    assert list(found["replies"]) == front[: len(found["replies"])]
-    assert 0 < len(found["replies"]) < len(found["trials"])
+    kept = found["replies"]
+    assert list(kept)[:2] == front[:2]
+    listed = ", ".join(map(str, kept))
+    [taken] = open_sweep(folder).rows(
+        f"SELECT sum(length(text)) AS characters FROM completions WHERE trial IN ({listed})"
+    )
+    assert taken["characters"] <= 400
+    assert len(kept) < len(found["trials"])
+
+
+def test_a_reply_that_is_too_long_leaves_room_for_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, before = open_sweep(folder), set(points_of(folder)["replies"])
+    best = sweep.pareto()["trial"].to_pylist()[0]
+    [row] = sweep.rows(f"SELECT spec FROM trials WHERE trial = {best}")
+    long = {"spec": row["spec"], "split": "select", "item": 9, "prompt": "?", "text": "x" * 2_000_000}
+    monkeypatch.setattr(scatter, "MOST_CHARACTERS", 1_000_000)
+    Store(folder).commit([Part((write_table(folder, "completions", [long]),), ())])
+    found = points_of(folder)
+    assert set(found["replies"]) == before - {best} != before
 
 
 def test_a_single_objective_stands_over_the_trials_number(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from jobs.spec import UNSTEERED
@@ -13,7 +12,7 @@ from orchestrator.report.page import visible
 from storage.query import StoredSweep
 
 MOST_CHARACTERS = 4_000_000
-"""Of replies in a page: those of results on the front come first, then those of the first trials."""
+"""Of replies in a page: those of results on the front come first, then those of the first trials that fit."""
 
 
 def scatter(sweep: StoredSweep, found: Findings) -> dict[str, Any] | None:
@@ -82,10 +81,11 @@ def _said(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[st
     specs = {trial: found.trials[trial]["spec"] for trial in trials}
     sizes = sweep.rows("SELECT spec, sum(length(text)) AS characters FROM completions GROUP BY spec")
     characters = {row["spec"]: row["characters"] or 0 for row in sizes}
-    sums = accumulate(characters.get(spec, 0) for spec in specs.values())
-    chosen = {
-        trial: specs[trial] for trial, total in zip(trials, sums, strict=True) if total <= MOST_CHARACTERS
-    }
+    chosen, room = {}, MOST_CHARACTERS
+    for trial, spec in specs.items():
+        if characters.get(spec, 0) <= room:
+            chosen[trial] = spec
+            room -= characters.get(spec, 0)
     replies = replies_of(sweep, list(chosen.values()))
     has_usual = any(reply.unsteered for of_spec in replies.values() for reply in of_spec)
     texts: dict[str, int] = {}
