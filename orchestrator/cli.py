@@ -316,9 +316,12 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+_DRIVING = ("run", "resume", "retry")
+
+
 def _advice(error: SteersweepError | OSError) -> str:
     """What to do about an error that is not about what was asked for."""
-    if isinstance(error, (StoreError, OSError)):
+    if isinstance(error, (StoreError, OSError)) and sys.argv[1:2] and sys.argv[1] in _DRIVING:
         return "; what was accepted is kept: mend this, then `steersweep resume`"
     return ""
 

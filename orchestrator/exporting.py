@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,12 +43,17 @@ class Wanted(NamedTuple):
     force: bool = False
 
 
-class _Trial(NamedTuple):
-    """A trial that has ended, in its sweep."""
+class _Trial:
+    """A trial in its sweep."""
 
-    sweep: StoredSweep
-    number: int
-    spec: Spec
+    def __init__(self, sweep: StoredSweep, number: int) -> None:
+        self.sweep = sweep
+        self.number = number
+
+    @cached_property
+    def spec(self) -> Spec:
+        """What was computed. Raises SpecError if the trial has no result."""
+        return ended_trial(self.sweep, self.number)[0]
 
 
 def export_trial(folder: Path, trial: int, wanted: Wanted) -> dict[str, Any]:
@@ -63,15 +69,16 @@ def export_trial(folder: Path, trial: int, wanted: Wanted) -> dict[str, Any]:
         StoreError: If what is stored is gone or has changed.
     """
     sweep = open_sweep(folder)
-    spec, _ = ended_trial(sweep, trial)
+    sweep.check_trial(trial)
     suffix = _FILES.get(wanted.form, "")
     if suffix and wanted.out.suffix != suffix:
         raise SpecError(f"{wanted.out}: the format {wanted.form} is written to a {suffix} file")
     if wanted.out.exists() and not (suffix and wanted.force):
         hint = ", or --force to replace it" if suffix else ""
         raise SpecError(f"{wanted.out} is there already; give another name{hint}")
-    wrote = FORMS[wanted.form](_Trial(sweep, trial, spec), wanted)
-    return {"trial": trial, "spec": spec.id, "format": wanted.form, "out": str(wanted.out), **wrote}
+    wrote = FORMS[wanted.form](_Trial(sweep, trial), wanted)
+    [row] = sweep.rows(f"SELECT spec FROM trials WHERE trial = {trial:d}")
+    return {"trial": trial, "spec": row["spec"], "format": wanted.form, "out": str(wanted.out), **wrote}
 
 
 def _safetensors(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def _hf(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
 
 def _csv(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
     """A file for each of the trial's tables that has rows, in a new folder."""
+    if wanted.vector is not None:
+        raise SpecError(f"--vector {wanted.vector}: csv has all of the trial's rows; leave it out")
     staging = wanted.out.with_name(f".{wanted.out.name}.{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
@@ -129,6 +138,8 @@ FORMS: Mapping[str, Callable[[_Trial, Wanted], dict[str, Any]]] = {
 
 def _said(trial: _Trial) -> str:
     params = canonical_json(dict(trial.spec.params))
+    if trial.spec.model.tuned:
+        params += f" on weights tuned by {trial.spec.model.tuned}"
     return (
         f"trial {trial.number} of {trial.sweep.identity['sweep']}: {trial.spec.job} {params}; add it times 1"
     )

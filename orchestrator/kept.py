@@ -208,6 +208,8 @@ def gc(
     what = f"{found['artifacts']} artifacts and {found['activations']} activations"
     at_least = "at least " if dry_run else ""
     say(f"{what} of {found['results']} results {would}: {at_least}{found['bytes'] / 2**20:.1f} MiB")
+    if found["activations"] and not dry_run:
+        say("files of activations stay for ten minutes for their readers; `gc` after that frees the room")
 
 
 def _retention(text: str) -> Retention:
@@ -276,10 +278,16 @@ def vectors(
         else:
             say(_written_line(written))
         return
-    found = {
-        kind: [each.to_json() for each in stored if each.spec.startswith(spec or "")]
-        for kind, stored in (("directions", stored_directions(folder)), ("learned", stored_sets(folder)))
+    stored: dict[str, Sequence[Any]] = {
+        "directions": stored_directions(folder),
+        "learned": stored_sets(folder),
     }
+    found = {
+        kind: [each.to_json() for each in listed if each.spec.startswith(spec or "")]
+        for kind, listed in stored.items()
+    }
+    if any(stored.values()) and not any(found.values()):
+        raise SpecError(f"--spec {spec!r} fits nothing that is stored; leave it out for a list")
     if as_json:
         print_json(found)
         return

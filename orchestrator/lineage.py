@@ -74,9 +74,17 @@ def ended_trial(sweep: StoredSweep, trial: int) -> tuple[Spec, dict[str, Any]]:
     [row] = sweep.rows(f"SELECT spec, state, params FROM trials WHERE trial = {trial:d}")
     spec = stored_specs(sweep).get(row["spec"])
     if spec is None:
-        raise SpecError(f"trial {trial} is {row['state']}; give one that has ended")
+        raise SpecError(
+            f"trial {trial} {_WITHOUT_RESULT.get(row['state'], 'has not ended; give one that has')}"
+        )
     params: dict[str, Any] = json.loads(row["params"])
     return spec, params
+
+
+_WITHOUT_RESULT = {
+    "completed": "is of an older version, which did not keep what it was made of; run its sweep again",
+    "failed": "failed and has made nothing; give one that has completed",
+}
 
 
 def _spec(row: Mapping[str, Any]) -> Spec:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from jobs.errors import SpecError, first_line
 from orchestrator.control_vectors import write_front_vectors
 from orchestrator.planning import planned_trials
 from orchestrator.reopening import load_kept
 from orchestrator.report.writing import write_report
+from storage.background_mirror import without_credentials
+from storage.durable import StoreError
 from storage.lock import driving
 from storage.mlflow_log import Mirror
 from storage.query import open_sweep
@@ -31,13 +34,19 @@ def mirror_again(folder: Path, uri: str | None = None) -> int:
 
     Raises:
         SpecError: If the folder holds no sweep, or somebody drives it.
-        Exception: Whatever MLflow raises; the next call goes on where this one ended.
+        StoreError: If MLflow refuses; the next call goes on where this one ended.
     """
+    if uri == "":
+        raise SpecError('--to "": give an MLflow store or server, such as sqlite:////shared/runs.db')
     file, config = load_kept(folder)
     with driving(folder):
         counts = open_sweep(folder).counts()
         ended = sum(counts[state] for state in ("completed", "infeasible", "failed"))
         mirror = Mirror(folder, uri or config.mlflow)
-        written = mirror.sync()
-        mirror.finish(write_pages(folder), is_complete=ended >= planned_trials(file.space, config))
+        pages = write_pages(folder)
+        try:
+            written = mirror.sync()
+            mirror.finish(pages, is_complete=ended >= planned_trials(file.space, config))
+        except Exception as error:  # whatever MLflow raises of a server or a database
+            raise StoreError(f"MLflow refuses: {without_credentials(first_line(error))}") from error
     return written

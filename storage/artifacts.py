@@ -66,8 +66,8 @@ def artifact_bytes(folder: Path, artifact: Artifact) -> bytes:
     path = folder / artifact.path
     if not path.is_file():
         raise StoreError(
-            f"artifact {artifact.path} is gone; `steersweep resume` computes it again "
-            "where a trial needs it, `steersweep replay` the trial that it is of"
+            f"artifact {artifact.path} is gone; `steersweep resume` computes it again if trials that have "
+            "not ended need it, and a new sweep otherwise"
         )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != artifact.sha256:

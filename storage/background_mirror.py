@@ -95,7 +95,7 @@ class BackgroundMirror:
         if error and not self._stopped.wait(1.0):
             error = _failure(act)
         if error:
-            self._warn(_without_credentials(str(error)))
+            self._warn(without_credentials(str(error)))
         return error is None
 
     def _warn(self, reason: str) -> None:
@@ -113,6 +113,6 @@ def _failure(act: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _without_credentials(text: str) -> str:
+def without_credentials(text: str) -> str:
     """The text with `***` for the user and password of every URI in it."""
     return re.sub(r"://\S*@", "://***@", text)

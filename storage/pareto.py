@@ -46,7 +46,7 @@ def read_points(sweep: StoredSweep) -> Points:
         for name in names
         for tail in ("", "_report")
     )
-    found = sweep.query(f"SELECT trial, chosen_on, {values} FROM points")
+    found = sweep.query(f"SELECT trial, chosen_on, {values} FROM points ORDER BY trial")
 
     def columns(tail: str) -> np.ndarray:
         return np.column_stack([numbers(found[name + tail]) for name in names])

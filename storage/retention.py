@@ -6,6 +6,7 @@ Every other row stays, so a trial that has lost its vectors still has its metric
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from storage.durable import remove_staging
 from storage.query import StoredSweep, open_sweep
 from storage.store import Store
 
@@ -22,7 +23,8 @@ class Collected(NamedTuple):
         specs: Ids of the specs whose artifacts and activations go.
         artifacts: Their artifacts, and those that writers who died have left.
         rows: Their rows of the table activations.
-        bytes: What both took; if only tried, the artifacts alone.
+        bytes: What both took; if only tried, the artifacts alone. Files of activations stay for ten minutes
+            for those who are reading them; the next `collect`, or the sweep's next driver, removes them.
     """
 
     specs: list[str]
@@ -49,25 +51,34 @@ def collect(folder: Path, retention: Retention, *, is_tried: bool = False) -> Co
     """
     store = Store(folder)
     with open_sweep(folder).moment() as sweep:
-        specs = set() if retention == "all" else _unneeded(sweep, retention)
-        [counted] = sweep.rows(f"SELECT count(*) AS rows FROM {LARGE} WHERE spec IN ({_listed(specs)})")
+        unneeded = set() if retention == "all" else _unneeded(sweep, retention)
+        # A row stands there once for each trial that shares the result.
+        counted = sweep.rows(
+            f"SELECT spec, count(*) // greatest(1, count(DISTINCT trial)) AS rows FROM {LARGE} "
+            f"WHERE spec IN ({_listed(unneeded)}) GROUP BY spec"
+        )
+    rows = {row["spec"]: row["rows"] for row in counted}
+    made = [(folder / row["path"], row["spec"]) for row in store.rows("artifacts")]
     # Equal content is one file.
-    needed = {folder / row["path"] for row in store.rows("artifacts") if row["spec"] not in specs}
+    needed = {path for path, spec in made if spec not in unneeded}
     artifacts = [path for path in sorted((folder / "artifacts").glob("*.safetensors")) if path not in needed]
+    going = {spec for path, spec in made if path in artifacts} | rows.keys()
     taken = sum(path.stat().st_size for path in artifacts)
     if not is_tried:
         before = store.bytes
-        store.remove(LARGE, specs)
+        store.remove(LARGE, rows.keys())
         taken += before - store.bytes
         for path in artifacts:
             path.unlink()
-    return Collected(sorted(specs), artifacts, counted["rows"], taken)
+        remove_staging(folder)
+        store.tidy(keeps_entries=bool(sweep.identity.get("config", {}).get("results")))
+    return Collected(sorted(going), artifacts, sum(rows.values()), taken)
 
 
 def _unneeded(sweep: StoredSweep, retention: Literal["front"] | int) -> set[str]:
     """Specs of trials that have ended, are not kept, and are nobody's prerequisite."""
     last = f"SELECT trial FROM trials WHERE {_ENDED} ORDER BY finished DESC, trial DESC"
-    chosen = "SELECT trial FROM pareto" if retention == "front" else f"{last} LIMIT {retention:d}"
+    chosen = "SELECT trial FROM pareto" if retention == "front" else f"{last} LIMIT {min(retention, 2**62)}"
     kept = {row["trial"] for row in sweep.rows(chosen)}
     trials = sweep.rows(f"SELECT trial, spec, {_ENDED} AS has_ended FROM trials")
     spared = {row["spec"] for row in trials if row["trial"] in kept or not row["has_ended"]}

@@ -132,8 +132,11 @@ class Store:
         Raises:
             StoreError: If the disk refuses, or a file is not what was written; what is visible is the same.
         """
-        if len(self._manifest.recent) < self._due:
-            return
+        if len(self._manifest.recent) >= self._due:
+            self.tidy(keeps_entries=keeps_entries)
+
+    def tidy(self, *, keeps_entries: bool = False) -> None:
+        """What `compact` does, whether or not it is time. Takes and raises what that does."""
         self._due += compaction.MANY
         told = [result._asdict() for result in _told(self._manifest.recent)]
         with self._written() as own:
@@ -148,7 +151,7 @@ class Store:
         self._due = compaction.MANY
 
     def remove(self, table: str, specs: Collection[str]) -> None:
-        """Take the rows of specs out of a table, and give back their room at once.
+        """Take the rows of specs out of a table; their files stay for a while, as `compact` leaves them.
 
         Raises:
             StoreError: If a file is not what was written, or the disk refuses.
@@ -160,7 +163,6 @@ class Store:
                 if (rest := rest_of(self.folder, file, specs)) is not None:
                     own.append(rest)
                 self._add(Entry(tuple(own), replaced=(file.path,)))
-            (self.folder / file.path).unlink(missing_ok=True)
 
     def _status(self, spec: str) -> str | None:
         result = self.results.get(spec)

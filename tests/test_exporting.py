@@ -229,6 +229,7 @@ def test_what_a_format_cannot_say_is_refused(steered: Path, finetuned: Path, tmp
     assert "take hf, or gguf" in refused(steered, adds, form="lora", out=tmp_path / "lora")
     assert "--vector 1: trial" in refused(steered, adds, form="gguf", out=out, vector=1)
     assert "--vector 7" in refused(finetuned, 0, form="lora", out=tmp_path / "lora", vector=7)
+    assert "--vector 2: csv" in refused(steered, adds, form="csv", out=tmp_path / "csv", vector=2)
     assert "there is no trial 99" in refused(steered, 99, form="csv", out=tmp_path / "csv")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from jobs.spec import ModelRef, Spec
 from orchestrator.cli import app
-from storage import parquet
+from storage import manifest, parquet
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import StoreError
 from storage.ledger import Asked, Ledger
@@ -101,15 +101,24 @@ def test_what_is_not_kept_goes_but_for_what_others_were_made_of(
     assert collect(folder, retention)._replace(specs=[]) == ([], [], 0, 0)
 
 
-def test_the_room_is_given_back_and_what_is_left_is_whole(folder: Path) -> None:
-    def taken() -> int:
-        return sum(
-            path.stat().st_size for path in folder.rglob("*") if path.suffix in (".parquet", ".safetensors")
-        )
+def test_the_room_is_given_back_when_nobody_reads_any_more_and_what_is_left_is_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def size(paths: set[Path]) -> int:
+        return sum(path.stat().st_size for path in paths)
 
-    before = taken()
-    found = collect(folder, "front")
-    assert 0 < found.bytes == before - taken()
+    before = {Path(path) for path in open_sweep(folder).paths("activations")}
+    artifacts = size(set((folder / "artifacts").iterdir()))
+    with open_sweep(folder).moment() as then:
+        states = then.rows("SELECT * FROM activations ORDER BY ALL")
+        found = collect(folder, "front")
+        assert then.rows("SELECT * FROM activations ORDER BY ALL") == states
+    after = {Path(path) for path in open_sweep(folder).paths("activations")}
+    gone = artifacts - size(set((folder / "artifacts").iterdir()))
+    assert found.bytes == size(before) - size(after) + gone > gone
+    monkeypatch.setattr(manifest, "READ_SECONDS", 0.0)
+    collect(folder, "front")
+    assert not any(path.exists() for path in before - after)
     kept = open_sweep(folder).rows("SELECT spec, layer, position, vector FROM activations ORDER BY ALL")
     expected = [(spec, layer, token) for spec in ("spec0", "spec1") for layer in (0, 1) for token in range(3)]
     assert [(row["spec"], row["layer"], row["position"]) for row in kept] == expected
@@ -117,6 +126,27 @@ def test_the_room_is_given_back_and_what_is_left_is_whole(folder: Path) -> None:
     [path] = open_sweep(folder).paths("activations")
     groups = pq.ParquetFile(path).metadata
     assert groups.num_row_groups == 2, "a layer has a row group of its own"
+
+
+def test_a_death_in_between_leaves_nothing_that_is_never_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {Path(path) for path in open_sweep(folder).paths("activations")}
+
+    def die(*_: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Store, "tidy", die)
+        with pytest.raises(KeyboardInterrupt):
+            collect(folder, "front")
+    (folder / "tables" / ".half.parquet.1234abcd").write_bytes(b"half")
+    monkeypatch.setattr(manifest, "READ_SECONDS", 0.0)
+    for _ in range(2):
+        collect(folder, "front")
+    after = {Path(path) for path in open_sweep(folder).paths("activations")}
+    assert not any(path.exists() for path in before - after)
+    assert not (folder / "tables" / ".half.parquet.1234abcd").exists()
 
 
 def test_files_that_nobody_lists_go_and_equal_content_of_a_kept_result_stays(folder: Path) -> None:

@@ -888,7 +888,7 @@ def test_an_artifact_that_is_not_what_was_stored_is_refused(tmp_path: Path) -> N
     with pytest.raises(SteersweepError, match="has changed since it was stored"):
         read_artifact(tmp_path, artifact)
     path.unlink()
-    with pytest.raises(SteersweepError, match=r"is gone; .*resume.*replay"):
+    with pytest.raises(SteersweepError, match=r"is gone; .*resume.*a new sweep"):
         read_artifact(tmp_path, artifact)
     assert write_artifact(tmp_path, {"a": np.zeros(4, dtype=np.float32)}) == artifact
     read_artifact(tmp_path, artifact)

@@ -335,7 +335,7 @@ class TestWriting:
     def test_a_folder_that_is_not_there_or_another_ending_is_refused(
         self, suffix: str, write: Write, tmp_path: Path
     ) -> None:
-        with pytest.raises(SpecError, match="cannot be written: No such file or directory"):
+        with pytest.raises(SpecError, match="cannot be written: there is no folder"):
             write(tmp_path / "gone" / f"v.{suffix}", DIRECTIONS, model="m", method="x")
         with pytest.raises(SpecError, match=rf"this kind of file ends in \.{suffix}"):
             write(tmp_path / "v.pt", DIRECTIONS, model="m", method="x")

@@ -276,6 +276,8 @@ def _published(path: Path, suffix: str) -> Iterator[Path]:
     """A name to write to that becomes the path at the end, or nothing if something fails."""
     if path.suffix != suffix:
         raise SpecError(f"{path}: the name of this kind of file ends in {suffix}")
+    if not path.parent.is_dir():
+        raise SpecError(f"{path}: cannot be written: there is no folder {path.parent}")
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield staging
