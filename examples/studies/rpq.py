@@ -2,17 +2,15 @@
 
     python -m examples.studies.rpq --out runs/rpq
 
-Forty trials; about an hour on 2 cores.
+Forty trials; about two hours on one core.
 """
 
-from examples.studies.sweeps import show, study
+from examples.studies.sweeps import share, show, study
 from storage.pareto import pareto
 from storage.query import StoredSweep
 
 OVER_RANDOM = """
-SELECT split, count(value) AS trials,
-       avg(value) FILTER (name = 'diversity_over_random') AS "diversity over random",
-       avg((value > 0)::INTEGER) FILTER (name = 'diversity_over_random') AS "share above"
+SELECT split, count(value) AS trials, avg(value) AS difference, count(*) FILTER (value > 0) AS above
 FROM metrics JOIN trials USING (trial) WHERE state = 'completed' AND name = 'diversity_over_random'
 GROUP BY split ORDER BY split DESC
 """
@@ -26,7 +24,8 @@ def main() -> None:
     )
     show("How the trials ended", [{**row, "reason": row["reason"] or ""} for row in states])
     show("The Pareto front", front(sweep))
-    show("Learned vectors against random ones of the same norm", sweep.rows(OVER_RANDOM))
+    against = [{**row, "above": share(row["above"], row.pop("trials"))} for row in sweep.rows(OVER_RANDOM)]
+    show("Diversity of learned vectors less that of random ones of the same norm", against)
 
 
 def front(sweep: StoredSweep) -> list[dict[str, object]]:
