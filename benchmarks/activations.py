@@ -19,7 +19,7 @@ import torch
 from jobs.data.prompts import load_conversations
 from jobs.engine.loading import load_replica
 from jobs.spec import ModelRef
-from storage.parquet import TableStream
+from storage.table_stream import TableStream
 
 TOKENS = 1024
 PROMPT = 64

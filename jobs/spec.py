@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,10 @@ UNSTEERED = "unsteered"
 """What texts are compared with unless their job says otherwise."""
 SPLITS = ("extract", "select", "report")
 """Prompts that directions come from, that configurations are chosen on, that winners are read on."""
+
+
+Retention = Literal["all", "front"] | int
+"""Trials whose large files stay once all have ended: all, those of the front, or the last so many."""
 
 
 def choosing_split(splits: Container[str]) -> str:

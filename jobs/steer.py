@@ -92,8 +92,6 @@ PACK_BY = (
 )
 DATA = ("pairs", "choices", "prompts", *steering.DATA)
 LAYERS = ("layer", "layers")
-_COMPARED = ("log_odds", "nll", "repetition", "empty")
-_DRAWS = 2000
 
 
 def size(params: Params) -> Size:
@@ -140,8 +138,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     """Steer every row of the pack in shared batches and yield its reading.
 
     The outcome of a dose of 0 carries what others are compared with: `log_probabilities`
-    (choices, vocabulary), float32 or wider, and for each split the scores named in `_COMPARED`, one a choice
-    or reply, as `SPLIT.SCORE`.
+    (choices, vocabulary), float32 or wider, and for each split the scores that `jobs.reading.effects`
+    compares, one a choice or reply, as `SPLIT.SCORE`.
     """
     import torch
 
@@ -174,6 +172,7 @@ def _panel(replica: "Replica", params: Params) -> "Panel":
 
 
 def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "np.ndarray") -> Outcome:
+    from jobs.reading.effects import COMPARED
     from jobs.reading.readout import read_tables, split_means, split_scores
 
     scores = split_scores(panel, reading)
@@ -183,7 +182,7 @@ def _unsteered_outcome(panel: "Panel", reading: "Reading", log_probabilities: "n
         tables=read_tables(panel, reading),
         tensors={
             "log_probabilities": log_probabilities,
-            **{f"{split}.{name}": scores[split][name] for split in scores for name in _COMPARED},
+            **{f"{split}.{name}": scores[split][name] for split in scores for name in COMPARED},
         },
     )
 
@@ -195,58 +194,14 @@ def _steered_outcome(
     changes: "Sequence[AnyIntervention]",
     before: Mapping[str, "np.ndarray"],
 ) -> Outcome:
+    from jobs.reading.effects import COMPARED, damage, effect
     from jobs.reading.readout import read_tables, split_means, split_scores
 
     scores = split_scores(panel, reading)
     metrics = split_means(scores)
     for split, found in metrics.items():
-        was = {name: before[f"{split}.{name}"] for name in _COMPARED}
-        found |= _effect(
-            row.params.sign * scores[split]["log_odds"], row.params.sign * was["log_odds"], row.seed
-        )
-        found |= _damage(scores[split], was, row.seed)
+        was = {name: before[f"{split}.{name}"] for name in COMPARED}
+        sign = row.params.sign
+        found |= effect(sign * scores[split]["log_odds"], sign * was["log_odds"], row.seed)
+        found |= damage(scores[split], was, row.seed)
     return Outcome(metrics=metrics, tables={**read_tables(panel, reading), "vectors": vector_rows(changes)})
-
-
-def _effect(after: "np.ndarray", before: "np.ndarray", seed: int) -> dict[str, float]:
-    from jobs.scoring.statistics import paired_bootstrap
-
-    found = paired_bootstrap(after.tolist(), before.tolist(), seed=seed)
-    low, high = found.interval
-    return {"effect": found.mean, "effect_low": low, "effect_high": high}
-
-
-def _damage(
-    after: Mapping[str, "np.ndarray"], before: Mapping[str, "np.ndarray"], seed: int
-) -> dict[str, float]:
-    """Rises over unsteered, added; the interval is a bootstrap over the prompts, the same for both."""
-    import numpy as np
-
-    prompts = len(after["empty"])
-    each_R = np.full(prompts, 1 / prompts)
-    times_BR = np.random.default_rng(seed).multinomial(prompts, each_R, size=_DRAWS).astype(float)
-    once_1R = np.ones((1, prompts))
-
-    def risen(times: "np.ndarray") -> "np.ndarray":
-        rises = [_means(after[name], times) - _means(before[name], times) for name in _COMPARED[1:]]
-        # Not defined stays so, which `max` would hide.
-        total: np.ndarray = np.sum([np.where(rise <= 0, 0.0, rise) for rise in rises], axis=0)
-        return total
-
-    drawn = risen(times_BR)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) if prompts > 1 and len(drawn) else (np.nan, np.nan)
-    return {"damage": float(risen(once_1R)[0]), "damage_low": float(low), "damage_high": float(high)}
-
-
-def _means(values_R: "np.ndarray", times_BR: "np.ndarray") -> "np.ndarray":
-    """Mean of the values that are defined, each as often as a draw has it; NaN of none."""
-    import numpy as np
-
-    known_R = np.isfinite(values_R)
-    counts_B = times_BR @ known_R.astype(float)
-    totals_B = times_BR @ np.where(known_R, values_R, 0.0)
-    found_B: np.ndarray = np.divide(
-        totals_B, counts_B, out=np.full(len(counts_B), np.nan), where=counts_B > 0
-    )
-    return found_B

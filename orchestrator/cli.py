@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from jobs import catalog
 from jobs.errors import DoesNotFit, ModelError, SpecError, SteersweepError
-from orchestrator import kept, shipped, speaking
+from orchestrator import handing_out, kept, shipped, speaking, upkeep
 from orchestrator.kept import Folder
 from orchestrator.printing import Json, print_json, print_pareto, print_plan, print_reasons, say
 from storage.durable import StoreError
@@ -255,16 +255,16 @@ def fetch(
 
 _LOOK = (
     *(kept.status, kept.show, kept.compare, kept.replay, kept.pareto),
-    *(kept.query, kept.files, kept.logs, kept.doctor, kept.gc),
+    *(kept.query, kept.files, kept.logs, upkeep.doctor, upkeep.gc),
 )
 _WRITE = (
     speaking.score,
     speaking.label,
     speaking.chat,
-    kept.vectors,
-    kept.export,
+    handing_out.vectors,
+    handing_out.export,
     kept.report,
-    kept.mirror,
+    upkeep.mirror,
     kept.ui,
 )
 for command in (*_LOOK, *_WRITE):
@@ -316,12 +316,12 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-_DRIVING = ("run", "resume", "retry")
+_DRIVING = {"run", "resume", "retry"}
 
 
 def _advice(error: SteersweepError | OSError) -> str:
     """What to do about an error that is not about what was asked for."""
-    if isinstance(error, (StoreError, OSError)) and sys.argv[1:2] and sys.argv[1] in _DRIVING:
+    if isinstance(error, (StoreError, OSError)) and set(sys.argv[1:2]) & _DRIVING:
         return "; what was accepted is kept: mend this, then `steersweep resume`"
     return ""
 

@@ -88,16 +88,15 @@ def write_front_vectors(folder: Path) -> list[Path]:
         StoreError: If the disk refuses.
     """
     with open_sweep(folder).moment() as sweep:
-        rows = sweep.rows(
-            "SELECT trial, name, layer, vector FROM vectors SEMI JOIN pareto USING (trial) ORDER BY ALL"
-        )
+        rows = sweep.rows("SELECT trial, name, layer, vector FROM vectors SEMI JOIN pareto USING (trial)")
+    path = folder / "report" / "vectors.safetensors"
     if not rows:
+        path.unlink(missing_ok=True)
         return []
     tensors = {
         f"trial.{row['trial']}.{row['name']}.layer.{row['layer']}": np.asarray(row["vector"], np.float32)
         for row in rows
     }
-    path = folder / "report" / "vectors.safetensors"
     publish(path, save(tensors, {"sweep": sweep.identity["sweep"]}))
     return [path]
 

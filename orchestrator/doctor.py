@@ -21,6 +21,7 @@ from storage.ledger import Asked, ledger_path, read_asked
 from storage.lock import driver, driving
 from storage.mlflow_log import Mirror
 from storage.parquet import is_as_written
+from storage.query import open_sweep
 from storage.scores import scores_of
 from storage.store import Store
 
@@ -227,7 +228,7 @@ def _leftovers(kept: _Kept) -> list[_Examination]:
 
 def _mlflow(kept: _Kept) -> list[_Examination]:
     mirror = Mirror(kept.folder, kept.config.mlflow)
-    is_over = len(kept.store.rows("trials")) >= planned_trials(kept.space, kept.config)
+    is_over = open_sweep(kept.folder).has_ended(planned_trials(kept.space, kept.config))
 
     def write() -> None:
         mirror.sync()

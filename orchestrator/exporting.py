@@ -1,8 +1,6 @@
 """One trial of a sweep as other programs take it: a control vector, a model, an adapter, or plain tables."""
 
 import csv
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +11,7 @@ import numpy as np
 
 from jobs.directions.vector_files import write_gguf, write_safetensors
 from jobs.errors import SpecError
-from jobs.merging import Change, LowRank, save_lora, save_merged
+from jobs.merging import Change, LowRank, new_folder, save_lora, save_merged
 from jobs.resolve import load_job, make_params, parse_use
 from jobs.spec import ModelRef, Spec, canonical_json
 from orchestrator.control_vectors import architecture_of, model_name
@@ -91,6 +89,11 @@ def _safetensors(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
 
 def _gguf(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
     vectors, model = _vectors(trial, wanted.vector), trial.sweep.identity["model"]
+    if 0 in vectors:
+        raise SpecError(
+            f"trial {trial.number} steers layer 0, for which a GGUF control vector has no place; take "
+            "safetensors, or hf"
+        )
     hint = wanted.architecture or architecture_of(model)
     write_gguf(wanted.out, vectors, model_hint=hint, model=model_name(model), method=_said(trial))
     return {"layers": sorted(vectors)}
@@ -110,21 +113,18 @@ def _csv(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
     """A file for each of the trial's tables that has rows, in a new folder."""
     if wanted.vector is not None:
         raise SpecError(f"--vector {wanted.vector}: csv has all of the trial's rows; leave it out")
-    staging = wanted.out.with_name(f".{wanted.out.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        staging.mkdir(parents=True)
-        for table in _CSV:
-            if rows := trial.sweep.rows(f"SELECT * FROM {table} WHERE trial = {trial.number:d} ORDER BY ALL"):
-                with (staging / f"{table}.csv").open("w", encoding="utf-8", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
-        staging.rename(wanted.out)
-    except OSError as error:
-        raise SpecError(f"{wanted.out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return {"tables": sorted(path.stem for path in wanted.out.iterdir())}
+    chosen = f"WHERE trial = {trial.number:d} ORDER BY ALL"
+    tables = {table: trial.sweep.rows(f"SELECT * FROM {table} {chosen}") for table in _CSV}
+    tables = {table: rows for table, rows in tables.items() if rows}
+    if not tables:
+        raise SpecError(f"trial {trial.number} has no result yet; give one that has ended")
+    with new_folder(wanted.out) as staging:
+        for table, rows in tables.items():
+            with (staging / f"{table}.csv").open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    return {"tables": sorted(tables)}
 
 
 FORMS: Mapping[str, Callable[[_Trial, Wanted], dict[str, Any]]] = {

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from jobs.spec import Retention
 from orchestrator.results import event_row
-from storage.retention import Retention, collect
+from storage.retention import collect
 from storage.store import Store
 
 
@@ -18,7 +19,8 @@ def collect_garbage(folder: Path, retention: Retention, *, is_tried: bool = Fals
 
     Returns:
         retention; results, of how many specs something goes; artifacts, how many files; activations, rows;
-        bytes.
+        bytes, which are free now (if only tried, what the artifacts take); waiting, bytes of files that stay
+        for their readers a while.
 
     Raises:
         SpecError, StoreError: As `collect` does.
@@ -30,11 +32,11 @@ def collect_garbage(folder: Path, retention: Retention, *, is_tried: bool = Fals
         "artifacts": len(found.artifacts),
         "activations": found.rows,
         "bytes": found.bytes,
+        "waiting": found.waiting,
     }
     if not is_tried and (found.artifacts or found.rows):
         kept = f"the last {retention}" if isinstance(retention, int) else retention
-        detail = (
-            f"{len(found.artifacts)} artifacts, {found.rows} activations, {found.bytes} bytes; kept: {kept}"
-        )
+        gone = f"{len(found.artifacts)} artifacts, {found.rows} activations, {found.bytes} bytes freed"
+        detail = f"{gone}; kept: {kept}"
         Store(folder).commit([], events=[event_row("collected", detail)])
     return said

@@ -1,14 +1,11 @@
 """Commands over what a sweep has kept: look at it, ask it, take directions out."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
 from jobs.errors import SpecError
-from jobs.resolve import load_job
 from orchestrator.printing import (
     FORMATS,
     Json,
@@ -17,13 +14,10 @@ from orchestrator.printing import (
     print_drift,
     print_json,
     print_pareto,
-    print_table,
     print_trial,
     say,
 )
-from search_spaces.base import Retention
 
-ExportFormat = Literal["safetensors", "gguf", "lora", "hf", "csv"]
 Folder = Annotated[Path, typer.Argument(help="The sweep's folder, as given to `run --out`.")]
 
 
@@ -144,82 +138,6 @@ def logs(
             say(f"  {line}")
 
 
-def doctor(
-    folder: Folder,
-    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compare ledger, study, tables, artifacts and MLflow of a sweep that nobody drives."""
-    from orchestrator.doctor import examine
-
-    found = examine(folder, repair=repair)
-    if as_json:
-        print_json(found)
-    else:
-        for each in found["findings"]:
-            mended, examples = ", mended" if each["is_mended"] else "", "; ".join(each["examples"])
-            say(f"{each['where']}: {each['what']}, {each['count']} in all{mended}: {examples}")
-        say("consistent" if found["consistent"] else "not consistent; --repair mends what can be mended")
-    raise typer.Exit(0 if found["consistent"] else 1)
-
-
-def mirror(
-    folder: Folder,
-    to: Annotated[
-        str | None,
-        typer.Option(help="MLflow store or server; as the sweep's own configuration says without."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a sweep's runs to MLflow, anew or elsewhere, from its tables."""
-    from orchestrator.mirroring import mirror_again
-
-    runs = mirror_again(folder, to)
-    if as_json:
-        print_json({"written": runs})
-    else:
-        say(f"{runs} runs were missing and are there now")
-
-
-def gc(
-    folder: Folder,
-    retention: Annotated[
-        str | None,
-        typer.Option(
-            "--keep",
-            help="Trials whose artifacts and activations stay: all, front, or the last N; as the space says.",
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove artifacts and activations that no kept trial needs, and files that nobody lists."""
-    from orchestrator.garbage import collect_garbage
-    from orchestrator.reopening import load_kept
-    from storage.lock import driving
-
-    kept = load_kept(folder)[0].space.retention if retention is None else _retention(retention)
-    with driving(folder):
-        found = collect_garbage(folder, kept, is_tried=dry_run)
-    if as_json:
-        print_json(found)
-        return
-    would = "would go" if dry_run else "are gone"
-    what = f"{found['artifacts']} artifacts and {found['activations']} activations"
-    at_least = "at least " if dry_run else ""
-    say(f"{what} of {found['results']} results {would}: {at_least}{found['bytes'] / 2**20:.1f} MiB")
-    if found["activations"] and not dry_run:
-        say("files of activations stay for ten minutes for their readers; `gc` after that frees the room")
-
-
-def _retention(text: str) -> Retention:
-    if text.isdecimal() and int(text):
-        return int(text)
-    if text not in ("all", "front"):
-        raise SpecError(f"--keep {text}; it takes all, front, or a number of trials of 1 or more")
-    return "front" if text == "front" else "all"
-
-
 def pareto(folder: Folder, as_json: Json = False) -> None:
     """The trials that no other dominates, how sure that is, and the report split beside the select split."""
     from storage.query import open_sweep
@@ -250,116 +168,6 @@ def query(
         raise SpecError(f"--format {output!r}; it takes one of {sorted(FORMATS)}")
     table = open_sweep(folder).query(sql)
     FORMATS[output](table.column_names, table.to_pylist())
-
-
-def vectors(
-    folder: Folder,
-    out: Annotated[
-        Path | None, typer.Option(help="Write one as a control vector: FILE.safetensors or FILE.gguf.")
-    ] = None,
-    spec: Annotated[str | None, typer.Option(help="Which one: the beginning of its id.")] = None,
-    vector: Annotated[int | None, typer.Option(help="Which vector of a learned set, from 0.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="The model's architecture in a GGUF file; read from the model without.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List the directions and the learned vectors that a sweep has stored, or export one."""
-    from orchestrator.control_vectors import Chosen, write_control_vector
-    from orchestrator.stored_vectors import stored_directions, stored_sets
-
-    if out is None and vector is not None:
-        raise SpecError(f"--vector {vector}: give --out FILE, the file that it is written to")
-    if out is not None:
-        written = write_control_vector(folder, Chosen(out, spec, vector, architecture, force))
-        if as_json:
-            print_json(written)
-        else:
-            say(_written_line(written))
-        return
-    stored: dict[str, Sequence[Any]] = {
-        "directions": stored_directions(folder),
-        "learned": stored_sets(folder),
-    }
-    found = {
-        kind: [each.to_json() for each in listed if each.spec.startswith(spec or "")]
-        for kind, listed in stored.items()
-    }
-    if any(stored.values()) and not any(found.values()):
-        raise SpecError(f"--spec {spec!r} fits nothing that is stored; leave it out for a list")
-    if as_json:
-        print_json(found)
-        return
-    for listed in filter(None, found.values()):
-        rows = [
-            {**each, "layers": _spans(each["layers"]), "params": _short(each["job"], each["params"])}
-            for each in listed
-        ]
-        print_table(list(rows[0]), rows)
-    if not any(found.values()):
-        say("no directions and no learned vectors are stored")
-
-
-def export(
-    folder: Folder,
-    trial: Annotated[int, typer.Argument(min=0, help="Number of a trial that has ended.")],
-    out: Annotated[Path, typer.Option(help="FILE.safetensors or FILE.gguf; for other formats a new folder.")],
-    form: Annotated[
-        ExportFormat,
-        typer.Option(
-            "--format",
-            help="A control vector (safetensors, gguf), a peft adapter (lora), a Hugging Face folder with "
-            "the change in its weights (hf), or the trial's tables (csv).",
-        ),
-    ] = "safetensors",
-    vector: Annotated[int | None, typer.Option(help="Which of a learned set, from 0.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="The model's architecture in a GGUF file; read from the model without.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Take a trial out, so that other programs steer as it does."""
-    from orchestrator.exporting import Wanted, export_trial
-
-    written = export_trial(folder, trial, Wanted(form, out, vector, architecture, force))
-    if as_json:
-        print_json(written)
-        return
-    layers = f", layer {_spans(written['layers'])}: add it times 1" if "layers" in written else ""
-    say(f"{out}: trial {trial} as {form}{layers}")
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """Layers in short: 0-29, or 4, 8, 12."""
-    whole = len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1
-    return f"{layers[0]}-{layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def _short(job: str, params: Mapping[str, Any] | None) -> str:
-    """Parameters in short: those that are as by default are left out."""
-    if params is None:
-        return "unknown"
-    try:
-        fields = dataclasses.fields(load_job(job).Params)
-    except SpecError:  # the job is gone
-        fields = ()
-    usual = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-    changed = {name: value for name, value in params.items() if name not in plain or value != plain[name]}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
-
-
-def _written_line(written: Mapping[str, Any]) -> str:
-    is_cut = written["written"] != written["layers"]
-    left = "; a GGUF control vector has no layer 0, which was left out" if is_cut else ""
-    told = (
-        f"; multiplier={written['multiplier']:g} is the norm it was learned at"
-        if "multiplier" in written
-        else ""
-    )
-    return f"{written['file']}: layers {_spans(written['written'])} of {written['spec']}{left}{told}"
 
 
 def report(folder: Folder, as_json: Json = False) -> None:

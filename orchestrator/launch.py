@@ -86,6 +86,8 @@ def run_sweep(
             stack.enter_context(connected(config, address, shipped_packages(file.space.job)))
         stack.enter_context(claimed(folder, file, config))
         sweep = open_sweep(folder)
+        if is_over:  # the last driver may have died before this
+            _collect(file.space, sweep, trials)
         if is_over and config.results:  # the last copy may have failed
             Backup(folder, Remote(sweep_uri(config.results, sweep.identity["sweep"]))).close()
         if not is_over:
@@ -114,8 +116,7 @@ def _is_over(folder: Path, trials: int) -> bool:
     """Whether all trials of a folder's sweep have ended and its report is there."""
     if not (folder / "report" / "index.html").is_file():
         return False
-    counts = open_sweep(folder).counts()
-    return sum(counts[state] for state in _ENDS) >= trials
+    return open_sweep(folder).has_ended(trials)
 
 
 def _drive(
@@ -133,8 +134,7 @@ def _drive(
     sampler = open_sampler(folder, space, config)
     remote_uri = config.results and sweep_uri(config.results, stored.identity["sweep"])
     remote = Remote(remote_uri) if remote_uri else None
-    kept: list[Path] = []
-    is_complete = False
+    pages: list[Path] = []
     with ExitStack() as stack:
         if remote is not None:
             stack.enter_context(closing(Backup(folder, remote)))
@@ -159,12 +159,20 @@ def _drive(
                 tally = sweep.run()
             if interrupts.is_asked_to_stop() and tally.done < trials:
                 raise KeyboardInterrupt
-            is_complete = True
             pool.close()
-            kept = write_pages(folder)
+            pages = write_pages(folder)
         finally:
             pool.close()
-            mirror.close(kept, timeout_seconds=120 if is_complete else 5, is_complete=is_complete)
-        if space.retention != "all" and tally.done == trials:
-            collect_garbage(folder, space.retention)
+            mirror.close(
+                pages,
+                timeout_seconds=120 if pages else 5,
+                is_complete=bool(pages) and stored.has_ended(trials),
+            )
+        _collect(space, stored, trials)
     return "" if tally.done == trials else tally.stopping
+
+
+def _collect(space: Space, sweep: StoredSweep, trials: int) -> None:
+    """Remove what the space's retention does not keep, once all trials have ended."""
+    if space.retention != "all" and sweep.has_ended(trials):
+        collect_garbage(sweep.folder, space.retention)

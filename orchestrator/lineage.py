@@ -7,8 +7,10 @@ from typing import Any
 
 from jobs.errors import SpecError
 from jobs.spec import Spec
+from storage.artifacts import Artifact
 from storage.query import StoredSweep
-from storage.views import quoted
+from storage.store import Store
+from storage.views import listed
 
 
 def spec_row(spec: Spec, needs: Iterable[Spec] = (), control: str | None = None) -> dict[str, Any]:
@@ -38,24 +40,25 @@ def lineage(sweep: StoredSweep, spec: str) -> list[dict[str, Any]]:
     Returns:
         Rows of the table `specs`, with their JSON read and with `artifact`: hash, path and bytes, or None.
     """
+    kept = Store(sweep.folder).artifacts()
     found: dict[str, dict[str, Any]] = {}
     waiting = [spec]
     while waiting:
-        listed = ", ".join(map(quoted, waiting))
-        rows = {row["spec"]: row for row in sweep.rows(f"SELECT * FROM specs WHERE spec IN ({listed})")}
-        kept = {
-            row.pop("spec"): row
-            for row in sweep.rows(f"SELECT spec, hash, path, bytes FROM artifacts WHERE spec IN ({listed})")
-        }
+        found_specs = sweep.rows(f"SELECT * FROM specs WHERE spec IN ({listed(waiting)})")
+        rows = {row["spec"]: row for row in found_specs}
         for name in filter(rows.__contains__, waiting):
             read = {column: json.loads(rows[name][column]) for column in _JSON}
-            found[name] = {**rows[name], **read, "artifact": kept.get(name)}
+            found[name] = {**rows[name], **read, "artifact": _said(kept.get(name))}
         needs = (need for name in waiting if name in rows for need in found[name]["requires"])
         waiting = [need for need in dict.fromkeys(needs) if need not in found]
     return [*found.values()]
 
 
 _JSON = ("params", "model", "data", "requires")
+
+
+def _said(artifact: Artifact | None) -> dict[str, Any] | None:
+    return artifact and {"hash": artifact.sha256, "path": artifact.path, "bytes": artifact.bytes}
 
 
 def stored_specs(sweep: StoredSweep) -> dict[str, Spec]:

@@ -40,13 +40,12 @@ def mirror_again(folder: Path, uri: str | None = None) -> int:
         raise SpecError('--to "": give an MLflow store or server, such as sqlite:////shared/runs.db')
     file, config = load_kept(folder)
     with driving(folder):
-        counts = open_sweep(folder).counts()
-        ended = sum(counts[state] for state in ("completed", "infeasible", "failed"))
+        is_complete = open_sweep(folder).has_ended(planned_trials(file.space, config))
         mirror = Mirror(folder, uri or config.mlflow)
         pages = write_pages(folder)
         try:
             written = mirror.sync()
-            mirror.finish(pages, is_complete=ended >= planned_trials(file.space, config))
+            mirror.finish(pages, is_complete=is_complete)
         except Exception as error:  # whatever MLflow raises of a server or a database
             raise StoreError(f"MLflow refuses: {without_credentials(first_line(error))}") from error
     return written

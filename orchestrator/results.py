@@ -15,7 +15,6 @@ from orchestrator.progress import Tally
 from orchestrator.sampler import OptunaSampler
 from orchestrator.study import Ended
 from search_spaces.base import Space, broken
-from storage.artifacts import Artifact
 from storage.donors import Donors
 from storage.ledger import Asked
 from storage.manifest import StoredResult
@@ -79,9 +78,7 @@ class Results:
         self._first_trial: dict[str, int] = {}
         self._metrics = _stored_metrics(store, _wanted(space))
         self._best: float | None = None
-        stored = {
-            row["spec"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in store.rows("artifacts")
-        }
+        stored = store.artifacts()
         self.artifacts = {
             spec: artifact for spec, artifact in stored.items() if (store.folder / artifact.path).is_file()
         }

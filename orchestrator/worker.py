@@ -21,9 +21,10 @@ from orchestrator.pool import Delivery, Finished, Order, written
 from storage.artifacts import Artifact, read_artifact, write_artifact
 from storage.durable import StoreError
 from storage.manifest import StoredResult
-from storage.parquet import TableFile, TableStream, to_arrow, write_table
+from storage.parquet import TableFile, to_arrow, write_table
 from storage.remote import Remote
 from storage.store import Part
+from storage.table_stream import TableStream
 
 _FLUSH_SECONDS = 1.0
 _CACHED_ARTIFACTS = 16

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from jobs.spec import Retention
+
 Sampler = Literal["grid", "random", "tpe", "nsga2"]
-Retention = Literal["all", "front"] | int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

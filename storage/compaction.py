@@ -1,9 +1,10 @@
-"""Many small files of a table into one, so that a long sweep is read as fast as a short one."""
+"""Files of a table into new ones: many small ones into one, or one without the rows of some results."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from storage.parquet import TableFile, TableStream, read_table
+from storage.parquet import TableFile, read_groups, read_table, without_specs
+from storage.table_stream import TableStream
 
 SMALL_BYTES = 4 * 2**20
 """A file that is larger stays as it is."""
@@ -42,5 +43,24 @@ def put_together(folder: Path, files: Sequence[TableFile]) -> TableFile:
         for file in files:
             stream.append(read_table(folder, file))
         return stream.finish()
+    finally:
+        stream.abandon()
+
+
+def rest_of(folder: Path, file: TableFile, specs: Collection[str]) -> TableFile | None:
+    """Write the rows of a listed file that are of none of some specs to a new one, a row group at a time.
+
+    Returns:
+        The new file; None if no rows are left.
+
+    Raises:
+        StoreError: If the file is not what was written, or the disk refuses; nothing is left behind then.
+    """
+    stream = TableStream(folder, file.table)
+    try:
+        for rows in read_groups(folder, file):
+            if (left := without_specs(rows, specs)).num_rows:
+                stream.append(left)
+        return stream.finish() if stream.rows else None
     finally:
         stream.abandon()

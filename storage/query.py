@@ -32,10 +32,10 @@ class StoredSweep:
     def query(self, sql: str) -> pa.Table:
         """The answer to one SELECT statement.
 
-        The tables are `trials`, `attempts`, `events`, `metrics`, `items`, `completions`, `scores`, `vectors`,
-        `activations` and `artifacts`. All results have a column `trial`, null for what belongs to no trial,
-        such as the unsteered baseline; `trials` has a column for each parameter. `points` has a row for each
-        completed trial: what it reached in each objective on the split that trials are chosen on
+        The tables are `trials`, `attempts`, `events`, `specs`, `metrics`, `items`, `completions`, `scores`,
+        `vectors`, `activations` and `artifacts`. All results have a column `trial`, null for what belongs to
+        no trial, such as the unsteered baseline; `trials` has a column for each parameter. `points` has a row
+        for each completed trial: what it reached in each objective on the split that trials are chosen on
         (`chosen_on`), and on the split report under the objective's name with `_report` behind it; `pareto`
         has those that no other dominates, with their parameters. Where trials have a layer and a dose,
         `best_per_layer` and `dose_response` say what their names do, and `anti_steered` has the items that
@@ -66,6 +66,8 @@ class StoredSweep:
     @contextmanager
     def moment(self) -> Iterator["StoredSweep"]:
         """The sweep as it stands now, for many questions: what is added inside the block is not seen.
+
+        Files that compaction has replaced stay for ten minutes; a moment of a running sweep is to be shorter.
 
         Raises:
             StoreError: If a table is not what was written.
@@ -141,6 +143,11 @@ class StoredSweep:
         counted = self.rows("SELECT state, count(*) AS trials FROM trials GROUP BY state")
         found = {row["state"]: row["trials"] for row in counted}
         return {state: found.get(state, 0) for state in STATES}
+
+    def has_ended(self, trials: int) -> bool:
+        """Whether that many trials have completed, were infeasible or failed."""
+        counts = self.counts()
+        return sum(counts[state] for state in ("completed", "infeasible", "failed")) >= trials
 
 
 class _Moment(StoredSweep):

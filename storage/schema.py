@@ -12,7 +12,8 @@ class Column(NamedTuple):
 
     Attributes:
         name: Name in Parquet and SQL.
-        kind: One of text, integer, real, real32[] (list of float32), json (text that holds JSON).
+        kind: One of text, integer, real, real32[] (list of float32), array (numbers as bytes, of the type
+            that the column `dtype` names), json (text that holds JSON).
         unit: Unit, or "" where there is none.
         meaning: What a row says here.
     """

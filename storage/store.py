@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage import compaction
+from storage.artifacts import Artifact
 from storage.durable import StoreError
 from storage.manifest import Entry, Manifest, StoredResult
-from storage.parquet import TableFile, holds_any, read_rows, rest_of, write_table
+from storage.parquet import TableFile, holds_any, read_rows, write_table
 
 _WITHDRAWN = "withdrawn"
 """In the place of a status in the table `results`: what stands before it does not count any more."""
@@ -160,7 +161,7 @@ class Store:
             if not holds_any(self.folder, file, specs):
                 continue
             with self._written() as own:
-                if (rest := rest_of(self.folder, file, specs)) is not None:
+                if (rest := compaction.rest_of(self.folder, file, specs)) is not None:
                     own.append(rest)
                 self._add(Entry(tuple(own), replaced=(file.path,)))
 
@@ -186,6 +187,12 @@ class Store:
             return rows
         void = set(self._manifest.void)
         return [row for row in rows if (row["trial"], row["finished"]) not in void]
+
+    def artifacts(self) -> dict[str, Artifact]:
+        """The artifact of each spec that has one; the latest, if one was lost and made again."""
+        return {
+            row["spec"]: Artifact(row["hash"], row["path"], row["bytes"]) for row in self.rows("artifacts")
+        }
 
     def withdrawn_trials(self) -> list[tuple[int, float]]:
         """Rows of the table trials that count no more: number, and when they ended, s since 1970."""

@@ -12,7 +12,7 @@ import numpy as np
 from storage.front import best_first, front, knee
 from storage.pareto import Points, described, front_of, read_points
 from storage.query import StoredSweep
-from storage.views import quoted
+from storage.views import listed, quoted
 
 DRAWS = 1000
 MOST_TRIALS = 500
@@ -143,7 +143,7 @@ def _items(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) -> 
     """Values of the items that carry an objective's name, shape (T, N), NaN where a trial has none."""
     rows = sweep.rows(
         f"SELECT trial, item, value FROM items WHERE name = {quoted(name)} AND split = '{split}' "
-        f"AND trial IN ({_listed(trials)}) AND value IS NOT NULL"
+        f"AND trial IN ({listed(trials)}) AND value IS NOT NULL"
     )
     places = {trial: place for place, trial in enumerate(trials)}
     columns = {item: column for column, item in enumerate(sorted({row["item"] for row in rows}))}
@@ -158,11 +158,7 @@ def _errors(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) ->
     rows: list[dict[str, Any]] = sweep.rows(
         f"SELECT trial, max(value) - min(value) AS width FROM metrics "
         f"WHERE name IN ({quoted(name + '_low')}, {quoted(name + '_high')}) AND split = '{split}' "
-        f"AND trial IN ({_listed(trials)}) GROUP BY trial HAVING count(value) = 2"
+        f"AND trial IN ({listed(trials)}) GROUP BY trial HAVING count(value) = 2"
     )
     widths = {row["trial"]: row["width"] for row in rows}
     return np.array([widths.get(trial, 0.0) for trial in trials]) / _WIDTH
-
-
-def _listed(trials: Sequence[int]) -> str:
-    return ", ".join(map(str, trials)) or "NULL"

@@ -1,6 +1,6 @@
 """Ready-made SQL views of what a sweep has found, as SELECT statements. Plain text; knows no database."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _LAYERS = ("layer", "source")
@@ -86,7 +86,7 @@ def _points(metrics: Sequence[str]) -> str:
     return f"""
         WITH measured AS MATERIALIZED (
             SELECT spec, bool_or(split <> 'extract') AS has_objectives_later, {values}
-            FROM stored.metrics WHERE name IN ({", ".join(map(quoted, metrics))}) GROUP BY spec
+            FROM stored.metrics WHERE name IN ({listed(metrics)}) GROUP BY spec
         ), others AS (
             SELECT DISTINCT spec, true AS has_others_later FROM stored.metrics
             SEMI JOIN (SELECT spec FROM measured WHERE NOT has_objectives_later) USING (spec)
@@ -126,6 +126,11 @@ def _dose_response(across: Sequence[str]) -> str:
 def quoted(text: str) -> str:
     """A text as SQL has it."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def listed(values: Iterable[str | int]) -> str:
+    """Texts or numbers as SQL has them behind IN; of none a list that nothing is in."""
+    return ", ".join(quoted(each) if isinstance(each, str) else f"{each:d}" for each in values) or "NULL"
 
 
 def identifier(text: str) -> str:

@@ -40,7 +40,14 @@ IMPORTERS = {
     "ray": {"orchestrator.ray_pool", "orchestrator.ray_worker", "orchestrator.ray_cluster"},
     "optuna": {"orchestrator.sampler", "orchestrator.study", "orchestrator.window", "orchestrator.pack_tpe"},
     "mlflow": {"storage.mlflow_log"},
-    "pyarrow": {"storage.parquet", "storage.query", "storage.relations", "storage.pareto", "storage.remote"},
+    "pyarrow": {
+        "storage.parquet",
+        "storage.table_stream",
+        "storage.query",
+        "storage.relations",
+        "storage.pareto",
+        "storage.remote",
+    },
     "duckdb": {"storage.query", "storage.relations"},
     "moocore": {"storage.front"},
     "transformers": {

@@ -9,11 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from jobs import steer
 from jobs.directions.vector_files import read_vectors
+from orchestrator import launch
+from orchestrator.cli import app
 from storage.query import open_sweep
 from tests.command import ROOT, refused, results, run_arguments, steersweep, steersweep_beside_other_code
 
@@ -71,6 +76,16 @@ def test_running_a_finished_sweep_again_computes_nothing(finished: dict[str, Any
     assert open_sweep(place / "finished").rows("SELECT * FROM attempts") == before
 
 
+def test_what_a_driver_did_not_live_to_remove_goes_when_its_sweep_is_run_again(
+    finished: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(launch, "_collect", lambda space, sweep, trials: asked.append((sweep.folder, trials)))
+    done = CliRunner().invoke(app, list(map(str, run_arguments(place, "finished"))))
+    assert done.exit_code == 0, done.output
+    assert asked == [(place / "finished", 9)]
+
+
 def test_another_seed_in_the_same_folder_is_refused(finished: dict[str, Any], place: Path) -> None:
     done = steersweep(*run_arguments(place, "finished"), "--seed", "7")
     assert done.returncode == 2
@@ -101,6 +116,37 @@ def test_mlflow_holds_a_parent_and_a_child_for_each_trial(finished: dict[str, An
     assert len(runs) == 10
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all("effect" in run.data.metrics for run in children)
+
+
+def test_another_store_gets_the_runs_and_the_vectors_of_the_front(
+    finished: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    for written in (9, 0):
+        done = steersweep("mirror", place / "finished", "--to", uri, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == {"written": written}
+    client = MlflowClient(uri)
+    [experiment] = [found for found in client.search_experiments() if found.name == "space"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    [file] = (tmp_path / "mlartifacts").rglob("vectors.safetensors")
+    tensors = load_file(file)
+    rows = open_sweep(place / "finished").rows("SELECT * FROM vectors SEMI JOIN pareto USING (trial)")
+    assert len(tensors) == len(rows) > 0
+    for row in rows:
+        name = f"trial.{row['trial']}.{row['name']}.layer.{row['layer']}"
+        np.testing.assert_array_equal(tensors[name], np.array(row["vector"], np.float32))
+
+
+def test_a_server_that_is_not_there_is_one_line_without_its_password(
+    finished: dict[str, Any], place: Path
+) -> None:
+    said = refused("mirror", place / "finished", "--to", "http://reader:hush@127.0.0.1:1")
+    assert "MLflow refuses" in said
+    assert "hush" not in said
 
 
 @pytest.mark.parametrize("command", ["status", "pareto", "report"])

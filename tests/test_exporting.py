@@ -19,10 +19,13 @@ from jobs.engine import loading
 from jobs.engine.tuned import tuned
 from jobs.errors import SpecError
 from jobs.reading import behaviours
+from jobs.spec import ModelRef, Spec
 from orchestrator.cli import app
 from orchestrator.exporting import Wanted, export_trial
 from search_spaces.base import Grid, Objective
+from storage.ledger import Asked, Ledger
 from storage.query import open_sweep
+from tests.fakes import write_sweep
 from tests.models import LAYERS, tiny_replica
 from tests.sweeps import drive, make_space
 
@@ -218,7 +221,9 @@ def refused(folder: Path, trial: int, **wanted: Any) -> str:
     return str(caught.value)
 
 
-def test_what_a_format_cannot_say_is_refused(steered: Path, finetuned: Path, tmp_path: Path) -> None:
+def test_what_a_format_cannot_say_is_refused(
+    steered: Path, finetuned: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     out = tmp_path / "v.gguf"
     prompt = trial_of(steered, "operation = 'add' AND tokens = 'prompt'")
     both = trial_of(steered, "operation = 'project_out' AND tokens = 'prompt'")
@@ -226,12 +231,24 @@ def test_what_a_format_cannot_say_is_refused(steered: Path, finetuned: Path, tmp
     assert '{"tokens":"prompt"}' in refused(steered, prompt, form="gguf", out=out)
     assert '{"operation":"project_out","tokens":"prompt"}' in refused(steered, both, form="gguf", out=out)
     assert "adds no vectors" in refused(finetuned, 0, form="gguf", out=out)
+    place = tmp_path_factory.mktemp("lowest") / "sweep"
+    lowest = swept(place, "jobs.generate", {"dose": Grid([0.5])}, **STEERED, layer=0)
+    assert "layer 0, for which a GGUF control vector has no place" in refused(lowest, 0, form="gguf", out=out)
     assert "take hf, or gguf" in refused(steered, adds, form="lora", out=tmp_path / "lora")
     assert "--vector 1: trial" in refused(steered, adds, form="gguf", out=out, vector=1)
     assert "--vector 7" in refused(finetuned, 0, form="lora", out=tmp_path / "lora", vector=7)
     assert "--vector 2: csv" in refused(steered, adds, form="csv", out=tmp_path / "csv", vector=2)
     assert "there is no trial 99" in refused(steered, 99, form="csv", out=tmp_path / "csv")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_without_a_result_is_no_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    write_sweep(folder, [], objectives={"nll": "minimize"})
+    spec = Spec(job="tests.fake_job", code="c", params={}, model=ModelRef(id="m"), data={}, seed=0)
+    Ledger(folder).asked([Asked(trial=0, spec=spec, params={}, seen=0, group="")])
+    assert "no result yet" in refused(folder, 0, form="csv", out=tmp_path / "csv")
+    assert not (tmp_path / "csv").exists()
 
 
 def test_what_is_there_is_not_replaced(steered: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from jobs.engine.interventions import Add
 from jobs.engine.replica import Replica
 from jobs.engine.tables import RowTables, row_tables
 from jobs.errors import SpecError
+from jobs.reading.effects import damage as measured_damage
+from jobs.reading.effects import effect
 from jobs.reading.readout import Completion, Panel, Reading, read_tables, split_means, split_scores
 from jobs.spec import Outcome, Status
 from tests.models import HIDDEN, LAYERS, Artifacts, tiny_model, tiny_replica, tiny_tokenizer
@@ -301,7 +303,7 @@ class TestSteerJob:
     def test_the_interval_of_the_effect_is_that_of_a_plain_bootstrap_over_choices(self) -> None:
         random = np.random.default_rng(0)
         before, after = random.normal(size=(2, 40)) + np.array([[0.0], [1.0]])
-        found = steer._effect(after, before, seed=3)
+        found = effect(after, before, seed=3)
         drawn = [(after - before)[random.integers(40, size=40)].mean() for _ in range(4000)]
         assert found["effect"] == pytest.approx((after - before).mean())
         ends = np.quantile(drawn, [0.025, 0.975])
@@ -318,7 +320,7 @@ class TestSteerJob:
             for shift in (0.0, 0.3)
         )
         after["nll"][11] = np.nan  # an empty reply has none
-        found = steer._damage(after, before, seed=3)
+        found = measured_damage(after, before, seed=3)
 
         def damage(chosen: np.ndarray) -> float:
             rises = [np.nanmean(after[name][chosen]) - np.nanmean(before[name][chosen]) for name in before]
@@ -331,7 +333,7 @@ class TestSteerJob:
 
     def test_of_a_single_item_nobody_knows_how_sure_it_is(self) -> None:
         one = {name: np.array([1.0]) for name in ("nll", "repetition", "empty")}
-        found = {**steer._effect(np.ones(1), np.zeros(1), seed=0), **steer._damage(one, one, seed=0)}
+        found = {**effect(np.ones(1), np.zeros(1), seed=0), **measured_damage(one, one, seed=0)}
         assert (found["effect"], found["damage"]) == (1.0, 0.0)
         assert all(
             np.isnan(found[f"{name}_{end}"]) for name in ("effect", "damage") for end in ("low", "high")

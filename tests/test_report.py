@@ -509,6 +509,17 @@ class TestAnySweep:
         with pytest.raises(SpecError, match="holds no sweep"):
             write_report(tmp_path)
 
+    def test_a_pack_is_in_vain_if_nothing_of_it_counts(self, tmp_path: Path) -> None:
+        path = make_sweep(tmp_path / "packs", [], parameters=GRID)
+        states = {0: ("ok", "failed"), 10: ("lost", "lost"), 20: ("ok", "ok")}
+        attempts = [
+            {**_attempt("base", trial, "jobs.steer", began), "state": state}
+            for began, of_pack in states.items()
+            for trial, state in enumerate(of_pack)
+        ]
+        Store(path).commit([], attempts=attempts)
+        assert report(path).row("jobs.steer") == ["jobs.steer", "3", "4.500", "1.500"]
+
     def test_writing_it_again_gives_the_same_bytes(self, tmp_path: Path) -> None:
         path = make_sweep(tmp_path / "again", [], parameters=GRID, asked=2)
         assert write_report(path).read_bytes() == write_report(path).read_bytes()

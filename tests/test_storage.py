@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as arrays
 
 from jobs.errors import SpecError, SteersweepError
 from jobs.spec import ModelRef, Spec
-from storage import compaction, parquet, schema
+from storage import compaction, parquet, schema, table_stream
 from storage.artifacts import read_artifact, write_artifact
 from storage.durable import (
     DiskFull,
@@ -39,10 +39,11 @@ from storage.durable import (
 from storage.ledger import Asked, Ledger, ledger_path, read_asked, read_comparable, read_open
 from storage.lock import driver, driving
 from storage.manifest import Manifest, StoredResult
-from storage.parquet import TableFile, TableStream, read_rows, write_table
+from storage.parquet import TableFile, read_rows, write_table
 from storage.query import open_sweep
 from storage.schema import SCHEMA_VERSION, TABLES
 from storage.store import Part, Store
+from storage.table_stream import TableStream
 from tests.fakes import StoredTrial, write_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +258,7 @@ def test_what_was_streamed_comes_back_in_order_and_the_file_is_as_listed(
 ) -> None:
     chunks = [chunk_of(10 * number, rows) for number, rows in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parquet, "ROW_GROUP_BYTES", limit)
+        patch.setattr(table_stream, "ROW_GROUP_BYTES", limit)
         stream = TableStream(tmp_path, "activations")
         for chunk in chunks:
             stream.write(chunk)
@@ -305,7 +306,7 @@ def test_a_stream_holds_what_comes_and_what_is_being_written_however_much_that_i
 ) -> None:
     group, rows, width, times = 2**18, 64, 256, 20
     limit = 4 * group  # states of several layers are gathered, to be written layer by layer
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", group)
+    monkeypatch.setattr(table_stream, "ROW_GROUP_BYTES", group)
     stream = TableStream(tmp_path, "activations")
     before, buffered, arrow = pa.total_allocated_bytes(), 0, 0
     tracemalloc.start()
@@ -326,7 +327,7 @@ def test_a_stream_holds_what_comes_and_what_is_being_written_however_much_that_i
 
 
 def test_a_chunk_larger_than_a_row_group_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 2**12)
+    monkeypatch.setattr(table_stream, "ROW_GROUP_BYTES", 2**12)
     stream = TableStream(tmp_path, "activations")
     stream.write(chunk_of(0, 256, 64))
     assert stream.buffered_bytes == 0
@@ -391,11 +392,11 @@ def test_a_stream_on_a_full_disk_says_so_and_leaves_nothing_behind(
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
-        "from storage import parquet\n"
+        "from storage import table_stream\n"
         "from storage.durable import StoreError\n"
-        f"parquet.ROW_GROUP_BYTES = {2**14 if when == 'while it is written' else 2**24}\n"
+        f"table_stream.ROW_GROUP_BYTES = {2**14 if when == 'while it is written' else 2**24}\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "stream = parquet.TableStream(Path(sys.argv[1]), 'activations')\n"
+        "stream = table_stream.TableStream(Path(sys.argv[1]), 'activations')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
         "try:\n"
         "    for _ in range(64):\n"
@@ -429,10 +430,10 @@ def test_a_stream_whose_writer_was_killed_is_seen_by_no_reader_and_removed_as_ot
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from storage import parquet\n"
+        "from storage import table_stream\n"
         "from tests.test_storage import chunk_of\n"
-        "parquet.ROW_GROUP_BYTES = 1\n"
-        "stream = parquet.TableStream(Path(sys.argv[1]), 'activations')\n"
+        "table_stream.ROW_GROUP_BYTES = 1\n"
+        "stream = table_stream.TableStream(Path(sys.argv[1]), 'activations')\n"
         "stream.write(chunk_of(0, 100))\n"
         "os._exit(0)\n"
     )

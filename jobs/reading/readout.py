@@ -119,6 +119,10 @@ class Panel:
         found = generate(self.replica, self._prompt_ids, tables, work, decoding)
         return in_parts(found, number)
 
+    def rescored(self, reading: Reading) -> Reading:
+        """The reading with the replies' nll under the weights as they are now."""
+        return reading._replace(completions=self._scored([each.tokens for each in reading.completions]))
+
     def _scored(self, replies: Sequence[list[int]]) -> list[Completion]:
         """The replies to all prompts in their order, with their scores."""
         nll = unsteered_nll(self.replica, self._prompt_ids, replies)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from jobs.spec import UNSTEERED
 from orchestrator.report.findings import Findings, Record, control_of, is_number, unsteered_specs
 from storage.query import StoredSweep
-from storage.views import quoted
+from storage.views import listed, quoted
 
 SHOWN_OF_FRONT = 6
 _Place = tuple[str, int, str]
@@ -58,10 +58,10 @@ def compare_replies(sweep: StoredSweep, found: Findings) -> list[Comparison]:
 
 def replies_of(sweep: StoredSweep, specs: Sequence[str]) -> dict[str, list[Reply]]:
     """Spec -> what is said under it, each reply with what stands beside it."""
-    made = {row["spec"]: row for row in sweep.rows(f"SELECT * FROM specs WHERE spec IN ({_list_of(specs)})")}
+    made = {row["spec"]: row for row in sweep.rows(f"SELECT * FROM specs WHERE spec IN ({listed(specs)})")}
     controls, unsteered = _controls(sweep, specs, made), _unsteered(sweep, made)
     found: dict[str, list[Reply]] = {spec: [] for spec in specs}
-    for row in _said(sweep, f"spec IN ({_list_of(specs)})"):
+    for row in _said(sweep, f"spec IN ({listed(specs)})"):
         usual = unsteered.get(row["spec"], {}).get((row["split"], row["prompt"]))
         found[row["spec"]].append(Reply(row, controls[row["spec"]].get(_place(row)), usual))
     return found
@@ -89,7 +89,7 @@ def _controls(
         return {spec: places for spec in specs}
     named = {spec: row["control"] for spec, row in made.items() if row["control"] is not None}
     said: dict[str, dict[_Place, Record]] = {}
-    for row in _said(sweep, f"spec IN ({_list_of(named.values())})"):
+    for row in _said(sweep, f"spec IN ({listed(named.values())})"):
         said.setdefault(row["spec"], {})[_place(row)] = row
     return {spec: said.get(named.get(spec, ""), {}) for spec in specs}
 
@@ -97,19 +97,14 @@ def _controls(
 def _unsteered(sweep: StoredSweep, made: Mapping[str, Record]) -> dict[str, dict[tuple[str, str], Record]]:
     """Spec -> by split and prompt the unsteered reply, where its job requires it as such."""
     required = {spec: json.loads(row["requires"]) for spec, row in made.items()}
-    listed = _list_of(need for needs in required.values() for need in needs)
+    needed = listed(need for needs in required.values() for need in needs)
     said: dict[str, dict[tuple[str, str], Record]] = {}
-    for row in _said(sweep, f"variant = {quoted(UNSTEERED)} AND spec IN ({listed})"):
+    for row in _said(sweep, f"variant = {quoted(UNSTEERED)} AND spec IN ({needed})"):
         said.setdefault(row["spec"], {})[row["split"], row["prompt"]] = row
     return {
         spec: {place: row for need in needs for place, row in said.get(need, {}).items()}
         for spec, needs in required.items()
     }
-
-
-def _list_of(values: Iterable[str]) -> str:
-    """Texts for IN of SQL; none match nothing."""
-    return ", ".join(map(quoted, values)) or "NULL"
 
 
 def _place(reply: Record) -> _Place:

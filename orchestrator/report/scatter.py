@@ -79,7 +79,9 @@ def _short(value: float | None) -> float | None:
 def _said(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[str, Any]:
     """Replies of the first of some trials, as many as fit into the page."""
     specs = {trial: found.trials[trial]["spec"] for trial in trials}
-    sizes = sweep.rows("SELECT spec, sum(length(text)) AS characters FROM completions GROUP BY spec")
+    # A text stands there once for each trial that shares the result.
+    once = "SELECT DISTINCT * EXCLUDE (trial) FROM completions"
+    sizes = sweep.rows(f"SELECT spec, sum(length(text)) AS characters FROM ({once}) GROUP BY spec")
     characters = {row["spec"]: row["characters"] or 0 for row in sizes}
     chosen, room = {}, MOST_CHARACTERS
     for trial, spec in specs.items():
@@ -107,5 +109,5 @@ def _said(sweep: StoredSweep, found: Findings, trials: Sequence[int]) -> dict[st
         "texts": list(texts),
         "beside": [*([UNSTEERED] if has_usual else []), *([found.control] if found.control else [])],
         "tried": found.tried,
-        "has_replies": bool(characters),
+        "has_replies": not characters.keys().isdisjoint(specs.values()),
     }

@@ -10,6 +10,7 @@ from orchestrator.report.canvas import Figure, Paint, Theme, new_figure, style
 from orchestrator.report.findings import Findings
 from storage.artifacts import read_tensor
 from storage.query import StoredSweep
+from storage.store import Store
 
 MOST_SHOWN = 8
 _CURVES = {"history": "objective, mean over the set", "losses": "loss (nats/token)"}
@@ -25,11 +26,14 @@ class Curve(NamedTuple):
 
 def read_training(sweep: StoredSweep, found: Findings) -> dict[str, tuple[str, Paint]]:
     """The figure `training` of the first trials on the front whose artifacts hold curves; empty without."""
-    artifacts = {row["trial"]: row["path"] for row in sweep.rows("SELECT trial, path FROM artifacts")}
-    front = [row["trial"] for row in found.front if row["trial"] in artifacts][:MOST_SHOWN]
+    kept = Store(sweep.folder).artifacts()
+    specs = {row["trial"]: found.trials[row["trial"]]["spec"] for row in found.front}
+    artifacts = {trial: kept[spec].path for trial, spec in specs.items() if spec in kept}
+    front = list(artifacts)[:MOST_SHOWN]
     for name, label in _CURVES.items():
         tensors = {trial: read_tensor(sweep.folder / artifacts[trial], name) for trial in front}
-        curves = [Curve(trial, _mean(values)) for trial, values in tensors.items() if values is not None]
+        known = {trial: values for trial, values in tensors.items() if values is not None and len(values)}
+        curves = [Curve(trial, _mean(values)) for trial, values in known.items()]
         if curves := [curve for curve in curves if len(curve.values) > 1]:
             ends = "; ".join(f"trial {c.trial}: {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in curves)
             alt = f"Curves of the {label} over the steps. {ends}."
@@ -55,7 +59,7 @@ def training_figure(curves: Sequence[Curve], label: str, theme: Theme) -> Figure
     style(axes, theme, x="step", y=label)
     for place, curve in enumerate(curves):
         shade = theme.accent if place == 0 else theme.muted
-        axes.plot(curve.values, color=shade, lw=1.6 if place == 0 else 1.0, label=f"trial {curve.trial}")
+        axes.plot(curve.values, color=shade, lw=1.6 if place == 0 else 1.0)
         axes.annotate(
             f" {curve.trial}",
             (len(curve.values) - 1, float(curve.values[-1])),

@@ -68,6 +68,9 @@ def _page(sweep: StoredSweep, target: Path) -> str:
     scans = read_scans(sweep, found)
     painted |= {scan.image: scan.figure for scan in scans}
     drawn = {name: _draw(target / f"{name}.png", *figure) for name, figure in painted.items()}
+    for path in target.glob("*.png"):
+        if path.stem not in drawn:  # of an earlier report
+            path.unlink()
     return page_template().render(
         **found._asdict(),
         states=Counter(row["state"] for row in found.trials.values()),
@@ -216,7 +219,7 @@ def _costs(sweep: StoredSweep) -> list[Record]:
     return sweep.rows(
         "SELECT job, count(*) AS packs, sum(seconds) AS seconds, "
         "coalesce(sum(seconds) FILTER (NOT is_ok), 0) AS in_vain FROM ("
-        "SELECT job, bool_and(state = 'ok') AS is_ok, max(finished) - min(started) AS seconds "
+        "SELECT job, bool_or(state = 'ok') AS is_ok, max(finished) - min(started) AS seconds "
         "FROM attempts WHERE started IS NOT NULL GROUP BY job, pack, worker, started"
         ") GROUP BY job ORDER BY seconds DESC"
     )
