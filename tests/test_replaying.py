@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jobs import steer
 from jobs.errors import SpecError
+from jobs.reading import effects
 from orchestrator.printing import print_drift
 from orchestrator.replaying import replay
 from storage.query import open_sweep
@@ -41,12 +41,12 @@ def test_what_has_not_changed_comes_out_as_it_was(
 def test_what_has_changed_is_told(
     finished: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = steer._effect
+    real = effects.effect
 
     def moved(*arguments: Any) -> dict[str, float]:
         return {name: value + 0.25 for name, value in real(*arguments).items()}
 
-    monkeypatch.setattr(steer, "_effect", moved)
+    monkeypatch.setattr(effects, "effect", moved)
     monkeypatch.setattr("jobs.resolve.code_version", lambda job: "other")
     found = replay(place / "finished", 0)
     assert not found["is_same"]
