@@ -108,12 +108,13 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 def _run(replica: "Replica", row: Row) -> Outcome:
     from jobs.engine.tuned import tuned
-    from jobs.tuning import supervised
+    from jobs.tuning.supervised import fine_tune
+    from jobs.tuning.texts import Text
 
     params: Params = row.params
     examples = load_examples(params.examples)
     encoded = [
-        supervised.Example(
+        Text(
             encode_prompt(replica, each.prompt, params),
             [*replica.encode_continuation(each.reply), _end(replica)],
         )
@@ -124,7 +125,7 @@ def _run(replica: "Replica", row: Row) -> Outcome:
             max(len(each.prompt) + len(each.reply), len(each.prompt) + params.max_new_tokens)
         )
     trained = [tokens for each, tokens in zip(examples, encoded, strict=True) if each.split == "extract"]
-    found = supervised.fine_tune(
+    found = fine_tune(
         replica,
         trained,
         rank=params.rank,

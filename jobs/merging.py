@@ -39,12 +39,12 @@ class Change(NamedTuple):
     """How a trial's model differs from the one that was loaded.
 
     Attributes:
-        matrices: What is added to matrices, by the name of their module; a number means the output matrix of
-            that layer's feed-forward part.
+        matrices: What is added to matrices, or the matrices themselves as the model has them, by the name of
+            their module; a number means the output matrix of that layer's feed-forward part.
         vectors: Layer to what is added to its output at every token, shape (D,).
     """
 
-    matrices: Mapping[str | int, LowRank]
+    matrices: Mapping[str | int, LowRank | np.ndarray]
     vectors: Mapping[int, np.ndarray]
 
 
@@ -63,8 +63,7 @@ def save_merged(model: ModelRef, change: Change, folder: Path) -> None:
 
     replica = load_replica(model)
     named = _named(replica, change)
-    changes = {f"{name}.{side}": getattr(each, side) for name, each in named.items() for side in "ba"}
-    with tuned(replica, changes):
+    with tuned(replica, _tensors(named)):
         # From the last layer down, so that what comes into a layer is as it was when it is tried.
         for layer in sorted(change.vectors, reverse=True):
             _add_bias(replica, layer, change.vectors[layer])
@@ -87,7 +86,10 @@ def save_lora(model: ModelRef, change: Change, folder: Path) -> None:
     if change.vectors or not change.matrices:
         raise SpecError("a LoRA adapter changes matrices alone; this trial adds vectors: take hf, or gguf")
     named = _named(load_replica(model), change)
-    ranks = {name: len(each.a) for name, each in named.items()}
+    low_rank = {name: each for name, each in named.items() if isinstance(each, LowRank)}
+    if len(low_rank) < len(named):
+        raise SpecError("whole matrices were trained, which no LoRA adapter can say; take hf, or delta")
+    ranks = {name: len(each.a) for name, each in low_rank.items()}
     rank = max(ranks.values())
     config = {
         "peft_type": "LORA",
@@ -105,7 +107,7 @@ def save_lora(model: ModelRef, change: Change, folder: Path) -> None:
     }
     tensors = {
         f"base_model.model.{name}.lora_{side.upper()}.weight": np.ascontiguousarray(getattr(each, side))
-        for name, each in named.items()
+        for name, each in low_rank.items()
         for side in "ab"
     }
     with new_folder(folder) as staging:
@@ -113,8 +115,55 @@ def save_lora(model: ModelRef, change: Change, folder: Path) -> None:
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _named(replica: "Replica", change: Change) -> dict[str, LowRank]:
-    """What is added to matrices, by the names of their modules."""
+def save_delta(model: ModelRef, change: Change, file: Path) -> None:
+    """Write what is added to each matrix, tensor by tensor under the matrix's name, float32.
+
+    Raises:
+        SpecError: If vectors are added too, or the file cannot be written.
+        ModelError: If the model cannot be loaded, or has no such matrix.
+    """
+    from safetensors.numpy import save
+
+    from jobs.engine.loading import load_replica
+    from jobs.engine.tuned import find_matrix, tuned
+
+    if change.vectors or not change.matrices:
+        raise SpecError("a delta changes matrices alone; this trial adds vectors: take hf, or gguf")
+    replica = load_replica(model)
+    named = _named(replica, change)
+
+    def weights() -> dict[str, np.ndarray]:
+        found: dict[str, Any] = {name: find_matrix(replica, name).weight for name in named}
+        return {
+            f"{name}.weight": weight.detach().float().cpu().numpy().copy() for name, weight in found.items()
+        }
+
+    before = weights()
+    with tuned(replica, _tensors(named)):
+        after = weights()
+    content = save({name: after[name] - before[name] for name in before}, {"format": "pt", "model": model.id})
+    try:
+        staging = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_bytes(content)
+        staging.replace(file)
+    except OSError as error:
+        raise SpecError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def _tensors(named: Mapping[str, LowRank | np.ndarray]) -> dict[str, np.ndarray]:
+    """As `jobs.engine.tuned.tuned` takes them."""
+    found: dict[str, np.ndarray] = {}
+    for name, each in named.items():
+        if isinstance(each, LowRank):
+            found |= {f"{name}.a": each.a, f"{name}.b": each.b}
+        else:
+            found[f"{name}.weight"] = each
+    return found
+
+
+def _named(replica: "Replica", change: Change) -> dict[str, LowRank | np.ndarray]:
+    """What matrices become, or what is added to them, by the names of their modules."""
     from jobs.engine.adapting import output_matrix
     from jobs.engine.tuned import find_matrix
 

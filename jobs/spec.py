@@ -243,8 +243,9 @@ class Job(Protocol):
     A job whose artifact holds learned vectors, the tensor `vectors`, says with `learned_vectors(params)` how
     many; one that needs directions at right angles to each other says with `orthogonal(params)` how many.
     One that changes weights says with `weight_changes(params, tensors)` what its artifact holds: a list of
-    changes, each the factors (outputs, rank) and (rank, inputs) of what is added to matrices, by the name of
-    their module, or by the layer whose feed-forward part puts out with them.
+    changes, each the factors (outputs, rank) and (rank, inputs) of what is added to matrices, or the matrices
+    that take their place, by the name of their module, or by the layer whose feed-forward part puts out with
+    them.
     """
 
     Params: type

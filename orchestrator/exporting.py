@@ -11,7 +11,7 @@ import numpy as np
 
 from jobs.directions.vector_files import write_gguf, write_safetensors
 from jobs.errors import SpecError
-from jobs.merging import Change, LowRank, new_folder, save_lora, save_merged
+from jobs.merging import Change, LowRank, new_folder, save_delta, save_lora, save_merged
 from jobs.resolve import load_job, make_params, parse_use
 from jobs.spec import ModelRef, Spec, canonical_json
 from orchestrator.control_vectors import architecture_of, model_name
@@ -19,7 +19,7 @@ from orchestrator.lineage import ended_trial, lineage
 from storage.artifacts import Artifact, read_artifact
 from storage.query import StoredSweep, open_sweep
 
-_FILES = {"safetensors": ".safetensors", "gguf": ".gguf"}
+_FILES = {"safetensors": ".safetensors", "gguf": ".gguf", "delta": ".safetensors"}
 _CSV = ("metrics", "items", "completions", "scores")
 
 
@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         form: One of `FORMS`.
-        out: A file of that suffix for safetensors and gguf; else a new folder.
+        out: A file of that suffix for safetensors, gguf and delta; else a new folder.
         vector: Which of several vectors or adapters, from 0.
         architecture: Name of the model's architecture for GGUF; None reads it from the model.
         force: Whether a file that is there is replaced; a folder never is.
@@ -104,6 +104,11 @@ def _lora(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
     return {}
 
 
+def _delta(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
+    save_delta(_base(trial), _change(trial, wanted.vector), wanted.out)
+    return {}
+
+
 def _hf(trial: _Trial, wanted: Wanted) -> dict[str, Any]:
     save_merged(_base(trial), _change(trial, wanted.vector), wanted.out)
     return {}
@@ -131,6 +136,7 @@ FORMS: Mapping[str, Callable[[_Trial, Wanted], dict[str, Any]]] = {
     "safetensors": _safetensors,
     "gguf": _gguf,
     "lora": _lora,
+    "delta": _delta,
     "hf": _hf,
     "csv": _csv,
 }
@@ -153,7 +159,7 @@ def _base(trial: _Trial) -> ModelRef:
 def _change(trial: _Trial, vector: int | None) -> Change:
     """All that the trial changes in the model, and what its weights were tuned with before."""
     job = load_job(trial.spec.job)
-    matrices: dict[str | int, LowRank] = {}
+    matrices: dict[str | int, LowRank | np.ndarray] = {}
     if trial.spec.model.tuned:
         matrices |= _matrices(trial, parse_use(trial.spec.model.tuned).job, None)
     if not hasattr(job, "weight_changes"):
@@ -165,15 +171,18 @@ def _change(trial: _Trial, vector: int | None) -> Change:
     return Change(_matrices(trial, trial.spec.job, vector), {})
 
 
-def _matrices(trial: _Trial, name: str, number: int | None) -> dict[str | int, LowRank]:
-    """What a job that the trial is, or was made of, has added to matrices."""
+def _matrices(trial: _Trial, name: str, number: int | None) -> dict[str | int, LowRank | np.ndarray]:
+    """What a job that the trial is, or was made of, has made of matrices."""
     made_of = next(row for row in lineage(trial.sweep, trial.spec.id) if row["job"] == name)
     kept = made_of["artifact"]
     tensors = read_artifact(trial.sweep.folder, Artifact(kept["hash"], kept["path"], kept["bytes"]))
     job: Any = load_job(name)
     changes = job.weight_changes(make_params(name, made_of["params"]), tensors)
     number = _number(number, len(changes), f"{name} has learned")
-    return {key: LowRank(b, a) for key, (b, a) in changes[number].items()}
+    return {
+        key: LowRank(*change) if isinstance(change, tuple) else change
+        for key, change in changes[number].items()
+    }
 
 
 def _number(given: int | None, there: int, what: str) -> int:

@@ -12,7 +12,7 @@ from jobs.resolve import load_job
 from orchestrator.kept import Folder
 from orchestrator.printing import Json, print_json, print_table, say
 
-ExportFormat = Literal["safetensors", "gguf", "lora", "hf", "csv"]
+ExportFormat = Literal["safetensors", "gguf", "lora", "hf", "delta", "csv"]
 
 
 def vectors(
@@ -67,13 +67,15 @@ def vectors(
 def export(
     folder: Folder,
     trial: Annotated[int, typer.Argument(min=0, help="Number of a trial that has ended.")],
-    out: Annotated[Path, typer.Option(help="FILE.safetensors or FILE.gguf; for other formats a new folder.")],
+    out: Annotated[
+        Path, typer.Option(help="FILE.safetensors (delta too) or FILE.gguf; for other formats a new folder.")
+    ],
     form: Annotated[
         ExportFormat,
         typer.Option(
             "--format",
             help="A control vector (safetensors, gguf), a peft adapter (lora), a Hugging Face folder with "
-            "the change in its weights (hf), or the trial's tables (csv).",
+            "the change in its weights (hf), that change alone (delta), or the trial's tables (csv).",
         ),
     ] = "safetensors",
     vector: Annotated[int | None, typer.Option(help="Which of a learned set, from 0.")] = None,

@@ -19,7 +19,7 @@ from orchestrator.models import job_values
 from search_spaces.base import Constraint, Domain, Float, Grid, Objective, Space
 from storage.schema import TABLES
 
-_USES = ("learned", "tuned")
+_USES = ("learned", "tuned", "directions")
 """Parameters that name another job with its own parameters behind it."""
 _SQL_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
 

@@ -16,10 +16,23 @@ from jobs.engine.tuned import tuned
 from jobs.errors import ModelError, SpecError
 from jobs.resolve import make_params, make_spec, parse_use, prerequisites
 from jobs.spec import ModelRef, Outcome, Requirement, Row, Status
-from jobs.tuning.supervised import Example, fine_tune, reply_loss
+from jobs.tuning.supervised import fine_tune
+from jobs.tuning.texts import Text
 from tests.models import Artifacts, tiny_replica
 
-EXAMPLES = [Example([5, 6, 7], [9, 1]), Example([8, 3, 4, 2], [7, 7, 1]), Example([2, 2], [6, 1])]
+EXAMPLES = [Text([5, 6, 7], [9, 1]), Text([8, 3, 4, 2], [7, 7, 1]), Text([2, 2], [6, 1])]
+
+
+@torch.no_grad()
+def reply_loss(replica: Replica) -> float:
+    """Mean over the tokens of all replies, text by text."""
+    losses = []
+    for each in EXAMPLES:
+        logits = replica.logits([[*each.prompt, *each.reply]], keep=len(each.reply) + 1)[0, :-1]
+        losses += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(each.reply), reduction="none"
+        ).tolist()
+    return float(np.mean(losses))
 
 
 def trained(replica: Replica, **changes: Any) -> Any:
@@ -35,32 +48,18 @@ def arrays(found: Any) -> dict[str, np.ndarray]:
 def test_training_teaches_the_replies_and_leaves_the_model_as_it_was(name: str) -> None:
     replica = tiny_replica(name)
     before = {key: value.clone() for key, value in replica.model.state_dict().items()}
-    with torch.no_grad():
-        at_first = float(reply_loss(replica, EXAMPLES))
+    at_first = reply_loss(replica)
     found = trained(replica)
     after = replica.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(each.requires_grad for each in replica.model.parameters())
-    with tuned(replica, arrays(found)), torch.no_grad():
-        learned = float(reply_loss(replica, EXAMPLES))
+    with tuned(replica, arrays(found)):
+        learned = reply_loss(replica)
     assert learned < 0.4 * at_first
     assert learned == pytest.approx(found.losses[-1], rel=0.1)
-    with torch.no_grad():
-        assert float(reply_loss(replica, EXAMPLES)) == at_first
-
-
-def test_the_loss_is_the_mean_over_the_replies_tokens() -> None:
-    replica = tiny_replica("llama")
-    expected = []
-    for each in EXAMPLES:
-        with torch.no_grad():
-            logits = replica.logits([[*each.prompt, *each.reply]], keep=len(each.reply) + 1)[0, :-1]
-        expected += torch.nn.functional.cross_entropy(
-            logits, torch.tensor(each.reply), reduction="none"
-        ).tolist()
-    with torch.no_grad():
-        assert float(reply_loss(replica, EXAMPLES)) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert found.losses[0] == pytest.approx(at_first, rel=1e-5)
+    assert reply_loss(replica) == at_first
 
 
 def test_the_seed_decides_the_outcome() -> None:

@@ -26,11 +26,11 @@ JOBS = (
     *("jobs.adapters", "jobs.anomaly", "jobs.calibrate", "jobs.capability", "jobs.capture", "jobs.classify"),
     *("jobs.dct", "jobs.extract", "jobs.finetune", "jobs.generate", "jobs.honesty", "jobs.judge"),
     *("jobs.melbo", "jobs.naming", "jobs.prompt_search", "jobs.radius_scan", "jobs.sample"),
-    *("jobs.stability", "jobs.steer"),
+    *("jobs.stability", "jobs.steer", "jobs.tune"),
 )
 DIRECTED = {
     *("jobs.capability", "jobs.capture", "jobs.extract", "jobs.generate", "jobs.honesty", "jobs.judge"),
-    "jobs.steer",
+    *("jobs.steer", "jobs.tune"),
 }
 """All that take a direction, or make one."""
 LEARNED = {
@@ -419,7 +419,7 @@ class TestCodeVersion:
         ("path", "changed"),
         [
             ("steer.py", {"jobs.steer"}),
-            ("reading/readout.py", {"jobs.steer"}),
+            ("reading/readout.py", {"jobs.steer", "jobs.tune"}),
             (
                 "reading/completions.py",
                 {
@@ -431,6 +431,7 @@ class TestCodeVersion:
                         "jobs.adapters",
                         "jobs.sample",
                         "jobs.finetune",
+                        "jobs.tune",
                     ),
                     *(LEARNED - {"jobs.calibrate"}),
                 },
@@ -444,7 +445,10 @@ class TestCodeVersion:
             ("unsupervised/sphere.py", LEARNED),
             (
                 "scoring/statistics.py",
-                {"jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge", "jobs.steer"},
+                {
+                    *("jobs.capability", "jobs.classify", "jobs.honesty", "jobs.judge", "jobs.steer"),
+                    "jobs.tune",
+                },
             ),
         ],
     )

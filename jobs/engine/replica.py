@@ -329,23 +329,32 @@ class Replica:
         return self.forward(ids, mask, position_ids(mask), keep=keep)
 
     def forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, *, keep: int, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        *,
+        keep: int | Tensor,
+        cache: Cache | None = None,
     ) -> Tensor:
         """One pass over the model.
 
         Args:
             ids: Token ids of shape (sequences, tokens).
-            mask: Attention mask of shape (sequences, cached + tokens).
+            mask: Attention mask of shape (sequences, cached + tokens), 1 where a token is real; or, of a pass
+                without a cache, (sequences, 1, tokens, tokens), which is added to the attention's logits.
             positions: Positions of shape (sequences, tokens).
-            keep: Number of last positions whose logits are wanted.
+            keep: Number of last positions whose logits are wanted, or which positions, int64.
             cache: Keys and values of the tokens before, extended in place; None for a pass without.
 
         Returns:
-            Logits of shape (sequences, keep, vocabulary), in the model's dtype.
+            Logits of shape (sequences, kept positions, vocabulary), in the model's dtype.
         """
         if self._stopped.is_set():
             raise LaneStopped
-        self.positions_ST = positions.masked_fill(mask[:, -positions.shape[1] :] == 0, -1)
+        self.positions_ST = positions
+        if mask.dim() == 2:
+            self.positions_ST = positions.masked_fill(mask[:, -positions.shape[1] :] == 0, -1)
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         output = self.model(
             input_ids=ids,
@@ -355,8 +364,10 @@ class Replica:
             use_cache=cache is not None,
             **extra,
         )
-        logits: Tensor = output.logits[:, -keep:]
-        return logits
+        logits: Tensor = output.logits
+        if isinstance(keep, int):
+            return logits[:, -keep:]
+        return logits if extra else logits[:, keep]
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Run a replica with weights that a tuning job has changed, as low-rank changes of its matrices."""
+"""Run a replica with weights that a tuning job has changed: whole matrices, or low-rank changes of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,28 +15,33 @@ from jobs.errors import ModelError
 
 @contextmanager
 def tuned(replica: Replica, changes: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Inside the block, matrices of the model are W + B A.
+    """Inside the block, matrices of the model are others, or W + B A.
 
     The weights that were there before come back as they were, whatever happens inside.
 
     Args:
         replica: The model.
-        changes: For each matrix, by its module's name, `NAME.a` of shape (rank, inputs) and `NAME.b` of shape
-            (outputs, rank); other names are left alone.
+        changes: For each matrix, by its module's name, `NAME.weight` as the model has it; or `NAME.a` of
+            shape (rank, inputs) and `NAME.b` of shape (outputs, rank). Other names are left alone.
 
     Raises:
         ModelError: If the model has no such matrix, or its weights are quantised.
     """
     with ExitStack() as stack:
         stack.enter_context(replica.other_weights())
-        for name in sorted(key.removesuffix(".a") for key in changes if key.endswith(".a")):
+        for name in tuned_matrices(changes):
             module = find_matrix(replica, name)
             before: Any = module.weight
-            b, a = (torch.tensor(changes[f"{name}.{side}"]) for side in "ba")
-            after = _sum(before, b, a, module)
+            after = _after(before, name, changes, module)
             stack.callback(setattr, module, "weight", before)
             module.weight = nn.Parameter(after, requires_grad=False)
         yield
+
+
+def tuned_matrices(changes: Iterable[str]) -> list[str]:
+    """Names of the modules whose matrices the keys of an artifact change."""
+    sides = ((key.rpartition(".")[0], key.rpartition(".")[2]) for key in changes)
+    return sorted(name for name, side in sides if side in ("weight", "a"))
 
 
 def find_matrix(replica: Replica, name: str) -> nn.Module:
@@ -52,6 +57,19 @@ def find_matrix(replica: Replica, name: str) -> nn.Module:
         )
     found: nn.Module = module
     return found
+
+
+def _after(weight: Tensor, name: str, changes: Mapping[str, np.ndarray], module: nn.Module) -> Tensor:
+    if f"{name}.weight" not in changes:
+        b, a = (torch.tensor(changes[f"{name}.{side}"]) for side in "ba")
+        return _sum(weight, b, a, module)
+    after = torch.tensor(changes[f"{name}.weight"]).to(weight)
+    if after.shape != weight.shape:
+        raise ModelError(
+            f"the tuned matrix {name!r} has the shape {tuple(after.shape)} and the model's "
+            f"{tuple(weight.shape)}; take the model that it was tuned on"
+        )
+    return after
 
 
 @torch.no_grad()
