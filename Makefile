@@ -1,5 +1,5 @@
 # make install | demo | test | chaos | browser | studies | lint | bench-steering | bench-melbo |
-#      bench-orchestrator | bench-storage | bench-gpu | lock
+#      bench-orchestrator | bench-storage | bench-tuning | bench-gpu | lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
 .PHONY: install demo test chaos browser studies lint bench-steering bench-melbo bench-orchestrator bench-storage \
-	bench-gpu lock
+	bench-tuning bench-gpu lock
 
 install: $(STAMP)
 
@@ -82,6 +82,10 @@ bench-orchestrator: install
 # About half an hour on 2 cores; writes benchmarks/results/storage.json.
 bench-storage: install
 	$(BIN)/python -m benchmarks.storage
+
+# About half an hour on 2 cores; writes benchmarks/results/tuning.json.
+bench-tuning: install
+	$(BIN)/python -m benchmarks.tuning
 
 # Needs a GPU; writes benchmarks/results/gpu.json.
 bench-gpu: install

@@ -255,7 +255,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     from jobs.tuning.reading import answers
-    from jobs.tuning.texts import Texts
+    from jobs.tuning.texts import Texts, contents
     from jobs.tuning.tuned_weights import tuned_weights
 
     params: Params = row.params
@@ -267,9 +267,10 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     held = [each for each in examples if each.split != "extract"]
     aims, directions = _aims(params), _directions(replica, row, context)
     lowest = min(params.trained_layers)
-    prompts = Texts(replica, [_text(replica, each, params) for each in held], first=lowest)
+    prompts = Texts.kept(replica, [_text(replica, each, params) for each in held], first=lowest)
     firsts = [_first_tokens(replica, each) for each in held]
-    before = answers(prompts, firsts, aims, directions)
+    told = contents(prompts.texts), *firsts, *aims, *(each.numpy().tobytes() for each in directions.values())
+    before = replica.keep((__name__, lowest, told), lambda: answers(prompts, firsts, aims, directions))
     reader = Reader.kept(replica, params) if params.reads else None
     if not params.losses:
         found = reader.read(None) if reader else None

@@ -3,7 +3,7 @@
 T tokens, D hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,11 @@ class Text(NamedTuple):
     def read(self) -> list[int]:
         """What the model reads: all but the last token of the reply."""
         return [*self.prompt, *self.reply[:-1]]
+
+
+def contents(texts: Sequence[Text]) -> Hashable:
+    """Equal for equal texts."""
+    return tuple((tuple(each.prompt), tuple(each.reply), *map(tuple, each.others)) for each in texts)
 
 
 class Texts:
@@ -61,6 +66,14 @@ class Texts:
         self.first = first if fits else 0
         wanted = [*({self.first - 1} - {-1}), *compared]
         self._states = self._untuned(wanted) if wanted else {}
+
+    @staticmethod
+    def kept(replica: Replica, texts: Sequence[Text], *, first: int, compared: Sequence[int] = ()) -> "Texts":
+        """The ones of the last trial, where they are the same."""
+        return replica.keep(
+            (__name__, contents(texts), first, tuple(compared)),
+            lambda: Texts(replica, texts, first=first, compared=compared),
+        )
 
     @property
     def most_tokens(self) -> int:

@@ -81,7 +81,7 @@ def tuned_weights(
     layers = sorted({layer for loss in wanted.losses for layer in _read(replica, wanted, loss)})
     drifting = [loss for loss in wanted.losses if isinstance(loss, Drift)]
     compared = sorted({layer for loss in drifting for layer in read_layers(loss, wanted.layers)})
-    ready = Texts(replica, texts, first=wanted.lowest, compared=compared)
+    ready = Texts.kept(replica, texts, first=wanted.lowest, compared=compared)
     terms = make_terms(
         wanted.losses,
         ready,
