@@ -42,9 +42,10 @@ class Params(Reads):
             20}`; the losses and their options stand in `jobs.tuning.wanted`. Or a train type of the code of
             arXiv:2409.06927, such as `TuneInPosPlusTruth`. Empty for the untuned model.
         directions: `jobs.extract` with its parameters as JSON behind its name, or `random`.
+        token_weight: Further factor of the losses of tokens.
         first: Lowest block whose weights are trained, counted from 0.
-        last: Highest.
-        layers: The blocks one by one, in place of `first` and `last`.
+        depth: How many blocks from there on.
+        layers: The blocks one by one, in place of `first` and `depth`.
         blocks: Matrices of each block, `+` between them: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, or the
             architecture's own names; empty for all.
         rank: Of a low-rank change of each matrix (LoRA); 0 trains the weights themselves.
@@ -61,17 +62,19 @@ class Params(Reads):
         weight_decay: Of AdamW.
         warmup: Steps in which the learning rate rises.
         decay: How it falls afterwards.
-        until: Mean of the projection losses, (1 - cos) / 2 or |cos|, over `window` steps at which training
-            ends; None trains on.
-        patience: Steps without a new lowest window after which training ends; 0 trains on.
-        window: Steps whose mean counts for `until` and `patience`.
+        until: Mean of the projection losses, (1 - cos) / 2 or |cos|, at which training ends; None trains on.
+        patience: Means without a new lowest one after which training ends; 0 trains on.
+        window: Steps that such a mean is of, taken anew after each; or, with `held_out`, after which it is
+            taken on those examples.
+        held_out: The last so many of `examples_extract` that are not trained on, but decide when it ends.
         keeps: Whether the weights are kept; otherwise nothing can be run on them or exported.
     """
 
     losses: str = "tune_in"
     directions: str = "jobs.extract{}"
+    token_weight: float = 1.0
     first: int = 12
-    last: int = 17
+    depth: int = 6
     layers: tuple[int, ...] = ()
     blocks: str = "v+o"
     rank: int = 0
@@ -91,20 +94,25 @@ class Params(Reads):
     until: float | None = None
     patience: int = 0
     window: int = 10
+    held_out: int = 0
     keeps: bool = True
 
     def __post_init__(self) -> None:
         self.check_reads()
-        at_least(self, 0, "rank", "warmup", "patience", "weight_decay")
+        at_least(self, 0, "rank", "warmup", "patience", "weight_decay", "first", "held_out")
         at_least(
             self, 1, "examples_extract", "examples_select", "examples_report", "epochs", "batch", "window"
         )
-        above_zero(self, "learning_rate")
+        at_least(self, 1, "depth")
+        above_zero(self, "learning_rate", "token_weight")
         check_asking(self)
         if self.layers and (min(self.layers) < 0 or len(set(self.layers)) < len(self.layers)):
             raise ValueError(f"layers={self.layers}; give each layer once, counted from 0")
-        if not self.layers and not 0 <= self.first <= self.last:
-            raise ValueError(f"first={self.first}, last={self.last}; it takes 0 <= first <= last")
+        if self.held_out >= self.examples_extract:
+            raise ValueError(
+                f"held_out={self.held_out}, examples_extract={self.examples_extract}; nothing is left to "
+                "train on"
+            )
         if self.until is not None and not 0 <= self.until <= 1:
             raise ValueError(f"until={self.until}; it takes a loss from 0 to 1, or null")
         try:
@@ -115,7 +123,7 @@ class Params(Reads):
     @property
     def trained_layers(self) -> tuple[int, ...]:
         """Blocks whose weights are trained, ascending."""
-        return tuple(sorted(self.layers)) or tuple(range(self.first, self.last + 1))
+        return tuple(sorted(self.layers)) or tuple(range(self.first, self.first + self.depth))
 
 
 def _check_losses(params: Params) -> None:
@@ -163,7 +171,7 @@ METRICS = {
 }
 PACK_BY = None
 DATA = ("examples", *reads.DATA)
-LAYERS = ("first", "last", "layers")
+LAYERS = ("first", "layers")
 
 
 def size(params: Params) -> Size:
@@ -225,11 +233,21 @@ def _examples(params: Params) -> list[Example]:
 
 def canonical(params: Params) -> Params:
     """Without losses nothing is trained; a list of layers says it all."""
-    params = replace(params, first=0, last=0, layers=params.trained_layers)
+    params = replace(params, first=0, depth=1, layers=params.trained_layers)
     if params.losses:
         return params
-    trains = ("blocks", "rank", "epochs", "batch", "learning_rate", "weight_decay", "warmup", "decay")
-    ends = ("until", "patience", "window", "keeps", "examples_extract")
+    trains = (
+        "token_weight",
+        "blocks",
+        "rank",
+        "epochs",
+        "batch",
+        "learning_rate",
+        "weight_decay",
+        "warmup",
+        "decay",
+    )
+    ends = ("until", "patience", "window", "held_out", "keeps", "examples_extract")
     return replace(params, **{name: getattr(_DEFAULT, name) for name in (*trains, *ends)})
 
 
@@ -241,8 +259,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     Tensors of the outcome, float32: for each matrix `NAME.weight`, or `NAME.a` (rank, inputs) and `NAME.b`
     (outputs, rank) whose product is added to it; `losses` (steps,), the weighted sum; `loss.NAME` (steps,),
-    each without its factor. Tables: `items`, `completions`. A row whose losses are not finite any more is
-    infeasible.
+    each without its factor; `validation`, what was found on held-out examples. Tables: `items`,
+    `completions`. A row whose losses are not finite any more is infeasible.
 
     Raises:
         SpecError: If a layer or matrix does not exist, a loss reads below what it trains, or a prompt is too
@@ -277,8 +295,9 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
         kept = reader.kept_tensors(found) if reader and found else {}
         return _outcome(row, held, (before, before), _Read(reader, found, kept), None, kept)
     learned = [_text(replica, each, params) for each in examples if each.split == "extract"]
+    learned, validated = learned[: len(learned) - params.held_out], learned[len(learned) - params.held_out :]
     reference = context.artifact(_untuned(params)) if reader else {}
-    with tuned_weights(replica, learned, _wanted(row), directions) as tuned:
+    with tuned_weights(replica, learned, _wanted(row), directions, validated=validated) as tuned:
         if tuned.curve.ended == "diverged":
             return Outcome(status=Status.INFEASIBLE, reason=_DIVERGED)
         after = answers(prompts, firsts, aims, directions)
@@ -341,13 +360,17 @@ def _aims(params: Params) -> list["Aim"]:
 
 
 def _losses(params: Params) -> list[Loss]:
-    """With the names of their directions filled in."""
-    return [
-        replace(loss, directions=loss.directions or params.directions)
-        if isinstance(loss, Projection)
-        else loss
-        for loss in parse_losses(params.losses)
-    ]
+    """With the names of their directions and the further factor filled in."""
+    return [_filled_in(loss, params) for loss in parse_losses(params.losses)]
+
+
+def _filled_in(loss: Loss, params: Params) -> Loss:
+    match loss:
+        case Projection():
+            return replace(loss, directions=loss.directions or params.directions)
+        case Tokens():
+            return replace(loss, weight=loss.weight * params.token_weight)
+    return loss
 
 
 def _directions(replica: "Replica", row: Row, context: Context) -> "Directions":
@@ -449,6 +472,7 @@ def _curves(params: Params, training: _Training | None) -> dict[str, np.ndarray]
     total = sum(weight * curve for weight, curve in zip(weights, terms.values(), strict=True))
     return {
         "losses": np.asarray(total, dtype=np.float32),
+        "validation": np.array(training.curve.validation, dtype=np.float32),
         **{f"loss.{name}": each for name, each in terms.items()},
     }
 

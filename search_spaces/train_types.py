@@ -30,7 +30,7 @@ SPACE = Space(
     fixed={
         "directions": 'jobs.extract{"source": "claims", "pairs": "claims", "count": 60, "offset": 2}',
         "first": 12,
-        "last": 17,
+        "depth": 6,
         "examples_extract": 128,
     },
     objectives=[

@@ -22,7 +22,7 @@ SPACE = Space(
         "losses": "tune_in",
         "directions": 'jobs.extract{"pairs": "tone_pairs"}',
         "first": 12,
-        "last": 17,
+        "depth": 6,
         "epochs": 1,
         "keeps": False,
     },

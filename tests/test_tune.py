@@ -28,7 +28,7 @@ FEW: dict[str, Any] = {
         "text_window": 60,
         "stride": 30,
     },
-    **{"first": 1, "last": 2, "learning_rate": 1e-2},
+    **{"first": 1, "depth": 2, "learning_rate": 1e-2},
 }
 DIRECTIONS = 'jobs.extract{"pairs": "tone_pairs", "count": 8}'
 
@@ -182,8 +182,29 @@ def test_a_direction_is_tuned_out(artifacts: Artifacts) -> None:
     assert found["cosine_size"] < 0.5 * untuned["cosine_size"]
 
 
+def test_held_out_examples_decide_when_training_ends(artifacts: Artifacts) -> None:
+    still = {"learning_rate": 1e-12, "window": 1, "batch": 2, "epochs": 9, "reads": False}
+    found = run(artifacts, losses='tune_in{"layer": 2}', held_out=4, patience=2, **still)
+    # Two steps an epoch; the first mean is the lowest, two more are not lower.
+    assert found.metrics["select"]["steps"] == len(found.tensors["validation"]) == 3
+    replica, direction = artifacts.replica, artifacts.artifact(parse_use(DIRECTIONS))["directions"][2]
+    expected = []
+    for question in load_questions("claims", extract=8, select=4, report=4)[4:8]:
+        ids = torch.tensor([replica.encode_chat(question.user)])
+        with torch.no_grad():
+            state = replica.model(ids, output_hidden_states=True).hidden_states[3][0, -1].numpy()
+        expected.append((1 - state @ direction / np.linalg.norm(state) / np.linalg.norm(direction)) / 2)
+    assert found.tensors["validation"][0] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_the_factor_of_token_losses_is_a_parameter(artifacts: Artifacts) -> None:
+    one = run(artifacts, losses="tune_in + 0.5 * tokens", reads=False)
+    other = run(artifacts, losses="tune_in + 0.25 * tokens", token_weight=2.0, reads=False)
+    np.testing.assert_array_equal(one.tensors["losses"], other.tensors["losses"])
+
+
 def test_equal_work_has_equal_parameters() -> None:
-    both = params(losses="tune_in", first=1, last=2), params(losses="tune_in", layers=[2, 1])
+    both = params(losses="tune_in", first=1, depth=2), params(losses="tune_in", layers=[2, 1])
     assert tune.canonical(both[0]) == tune.canonical(both[1])
     untuned = params(losses="", epochs=9, blocks="q", rank=3), params(losses="")
     assert tune.canonical(untuned[0]) == tune.canonical(untuned[1])
@@ -245,7 +266,8 @@ def test_narrow_weights_are_kept_exactly() -> None:
         ({"losses": "tokens", "asked": "prompts", "examples": "open_prompts"}, "which has []"),
         ({"directions": "jobs.melbo{}"}, "it takes 'random', or jobs.extract"),
         ({"directions": 'jobs.extract{"pears": 1}'}, "has no parameter ['pears']"),
-        ({"first": 3, "last": 2}, "first=3, last=2"),
+        ({"depth": 0}, "depth=0"),
+        ({"held_out": 8}, "nothing is left to train on"),
         ({"layers": [1, 1]}, "give each layer once"),
         ({"until": 1.5}, "until=1.5"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),

@@ -38,7 +38,7 @@ def make_terms(
     directions: Directions,
     seed: int,
 ) -> list[Term]:
-    """A term for each loss.
+    """A term for each loss; watched are those of projections, or all where there are none.
 
     Args:
         losses: As they are wanted.
@@ -48,10 +48,11 @@ def make_terms(
         directions: Those that the losses name.
         seed: Of the text that a language loss draws.
     """
+    watched = Projection if any(isinstance(loss, Projection) for loss in losses) else Loss
     values = [_value(loss, texts, layers, directions, seed) for loss in losses]
     names = [_name(loss, number) for number, loss in enumerate(losses)]
     return [
-        Term(name, loss.weight, claims(loss), value, isinstance(loss, Projection))
+        Term(name, loss.weight, claims(loss), value, isinstance(loss, watched))
         for name, loss, value in zip(names, losses, values, strict=True)
     ]
 

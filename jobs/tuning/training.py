@@ -28,9 +28,10 @@ class Recipe(NamedTuple):
         weight_decay: Of AdamW, towards the untuned weights' zero, as usual.
         warmup: Steps in which the learning rate rises to its value.
         decay: How it falls afterwards: to 0 by the last step, or not.
-        until: Mean of a window's watched losses at which training ends; None trains on.
-        patience: Steps without a new lowest window after which training ends; 0 trains on.
-        window: Steps whose mean counts.
+        until: Mean of the watched losses at which training ends; None trains on.
+        patience: Means without a new lowest one after which training ends; 0 trains on.
+        window: Steps whose mean counts, and is looked at after every step; with texts to validate on, steps
+            after which their mean is.
         seed: Of the order.
     """
 
@@ -83,58 +84,88 @@ class Curve(NamedTuple):
 
     Attributes:
         losses: Name of a term -> its value at every step, without its factor.
+        validation: Mean of the watched losses on the texts to validate on, each time that it was taken.
         ended: Why it ended: `all epochs`, `until`, `patience`, or `diverged`.
     """
 
     losses: dict[str, list[float]]
+    validation: list[float]
     ended: str
 
 
-def train(
-    texts: Texts,
-    trained: Trained,
-    terms: Sequence[Term],
-    recipe: Recipe,
-    *,
-    layers: Sequence[int],
-    logits_at: Callable[[Sequence[int], Layout], Tensor] | None = None,
-) -> Curve:
+class Material(NamedTuple):
+    """Texts, and what their passes are for.
+
+    Attributes:
+        texts: What is read.
+        terms: What is made of it.
+        layers: Blocks whose output the terms look at; nothing above the highest runs without logits.
+        logits_at: Places whose logits the terms look at, for chosen texts in their layout; None for none.
+    """
+
+    texts: Texts
+    terms: Sequence[Term]
+    layers: Sequence[int]
+    logits_at: Callable[[Sequence[int], Layout], Tensor] | None
+
+    def values(self, chosen: Sequence[int]) -> list[Tensor]:
+        """Of each term, without its factor, after one pass over some texts."""
+        layout = self.texts.layout(chosen)
+        passed = run_blocks(
+            self.texts.replica,
+            layout,
+            first=self.texts.first,
+            last=None if self.logits_at else max(self.layers),
+            entering=self.texts.entering(chosen, layout),
+            layers=self.layers,
+            logits_at=self.logits_at(chosen, layout) if self.logits_at else None,
+        )
+        return [term.value(Batch(chosen, layout, passed)) for term in self.terms]
+
+    @torch.no_grad()
+    def watched(self, batch: int) -> float:
+        """Mean of the watched terms over all texts, a batch at a time."""
+        total, number = 0.0, len(self.texts.texts)
+        for start in range(0, number, batch):
+            chosen = range(start, min(start + batch, number))
+            values = zip(self.terms, self.values(chosen), strict=True)
+            found = [float(value) for term, value in values if term.is_watched]
+            total += sum(found) / len(found) * len(chosen)
+        return total / number
+
+
+def train(trained: Trained, material: Material, recipe: Recipe, validated: Material | None = None) -> Curve:
     """Train until the recipe says enough, or a loss is not finite any more.
 
     Args:
-        texts: What is read.
         trained: What is trained.
-        terms: What is made small.
+        material: What on.
         recipe: How.
-        layers: Blocks whose output the terms look at; nothing above the highest runs without `logits_at`.
-        logits_at: Places whose logits the terms look at, for chosen texts in their layout; None for none.
+        validated: What the recipe's end is judged by; None judges by what is trained on.
     """
-    replica = texts.replica
+    texts, terms = material.texts, material.terms
+    validation: list[float] = []
     steps = recipe.epochs * -(-len(texts.texts) // recipe.batch)
     optimiser = _Optimiser(trained, recipe, steps)
     losses: dict[str, list[float]] = {term.name: [] for term in terms}
-    watch = _Watch(recipe)
-    for chosen in _batches(len(texts.texts), recipe):
-        layout = texts.layout(chosen)
-        passed = run_blocks(
-            replica,
-            layout,
-            first=texts.first,
-            last=None if logits_at else max(layers),
-            entering=texts.entering(chosen, layout),
-            layers=layers,
-            logits_at=logits_at(chosen, layout) if logits_at else None,
-        )
-        values = [term.value(Batch(chosen, layout, passed)) for term in terms]
+    watch = _Watch(recipe, 1 if validated else recipe.window)
+    is_watched = any(term.is_watched for term in terms)
+    for step, chosen in enumerate(_batches(len(texts.texts), recipe), 1):
+        values = material.values(chosen)
         for term, value in zip(terms, values, strict=True):
             losses[term.name].append(float(value.detach()))
         if not all(math.isfinite(curve[-1]) for curve in losses.values()):
-            return Curve(losses, "diverged")
+            return Curve(losses, validation, "diverged")
         backward(terms, values, trained.parameters)
         optimiser.step()
-        if ended := watch.after([losses[term.name][-1] for term in terms if term.is_watched]):
-            return Curve(losses, ended)
-    return Curve(losses, "all epochs")
+        if validated and is_watched and step % recipe.window == 0:
+            validation.append(validated.watched(recipe.batch))
+            seen = validation[-1:]
+        else:
+            seen = [] if validated else [losses[term.name][-1] for term in terms if term.is_watched]
+        if ended := watch.after(seen):
+            return Curve(losses, validation, ended)
+    return Curve(losses, validation, "all epochs")
 
 
 def backward(
@@ -212,9 +243,9 @@ def schedule(step: int, steps: int, warmup: int, decay: Decay) -> float:
 class _Watch:
     """When training has done enough."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, window: int) -> None:
         self._recipe = recipe
-        self._last: deque[float] = deque(maxlen=recipe.window)
+        self._last: deque[float] = deque(maxlen=window)
         self._lowest, self._since = math.inf, 0
 
     def after(self, watched: Sequence[float]) -> str | None:
@@ -222,7 +253,7 @@ class _Watch:
         if not watched:
             return None
         self._last.append(sum(watched) / len(watched))
-        if len(self._last) < self._recipe.window:
+        if len(self._last) < (self._last.maxlen or 1):
             return None
         mean = sum(self._last) / len(self._last)
         self._since = 0 if mean < self._lowest else self._since + 1

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
-
-from jobs.engine.packed import Layout
 from jobs.engine.replica import Replica
 from jobs.errors import SpecError
 from jobs.tuning.terms import Directions, make_terms, read_layers, reply_places
 from jobs.tuning.texts import Text, Texts
-from jobs.tuning.training import Curve, Recipe, train
+from jobs.tuning.training import Curve, Material, Recipe, train
 from jobs.tuning.wanted import Drift, Loss, Tokens
 from jobs.tuning.weights import Trained, find_matrices, training
 
@@ -63,7 +61,12 @@ class Tuned(NamedTuple):
 
 @contextmanager
 def tuned_weights(
-    replica: Replica, texts: Sequence[Text], wanted: Wanted, directions: Directions
+    replica: Replica,
+    texts: Sequence[Text],
+    wanted: Wanted,
+    directions: Directions,
+    *,
+    validated: Sequence[Text] = (),
 ) -> Iterator[Tuned]:
     """Inside the block, the model runs with the tuned weights; afterwards with those of before, bit by bit.
 
@@ -72,6 +75,7 @@ def tuned_weights(
         texts: What is trained on, with replies if a loss is of tokens.
         wanted: The tuning, with at least one loss.
         directions: Those that the losses name.
+        validated: What the end of the training is judged by; without, what is trained on.
 
     Raises:
         SpecError: If a layer or matrix does not exist, or a loss reads below all that it trains.
@@ -81,25 +85,24 @@ def tuned_weights(
     layers = sorted({layer for loss in wanted.losses for layer in _read(replica, wanted, loss)})
     drifting = [loss for loss in wanted.losses if isinstance(loss, Drift)]
     compared = sorted({layer for loss in drifting for layer in read_layers(loss, wanted.layers)})
-    ready = Texts.kept(replica, texts, first=wanted.lowest, compared=compared)
-    terms = make_terms(
-        wanted.losses,
-        ready,
-        layers=wanted.layers,
-        claims=claims.__getitem__,
-        directions=directions,
-        seed=wanted.recipe.seed,
-    )
 
-    def logits_at(chosen: Sequence[int], layout: Layout) -> Tensor:
-        return reply_places(ready, chosen, layout)
+    def material(of: Sequence[Text]) -> Material:
+        ready = Texts.kept(replica, of, first=wanted.lowest, compared=compared)
+        terms = make_terms(
+            wanted.losses,
+            ready,
+            layers=wanted.layers,
+            claims=claims.__getitem__,
+            directions=directions,
+            seed=wanted.recipe.seed,
+        )
+        has_replies = any(isinstance(loss, Tokens) for loss in wanted.losses)
+        return Material(ready, terms, layers, partial(reply_places, ready) if has_replies else None)
 
-    has_replies = any(isinstance(loss, Tokens) for loss in wanted.losses)
+    learned, judged = material(texts), material(validated) if validated else None
     names = list(dict.fromkeys(name for claimed in claims.values() for name in claimed))
     with training(replica, names, rank=wanted.rank, seed=wanted.recipe.seed) as trained:
-        curve = train(
-            ready, trained, terms, wanted.recipe, layers=layers, logits_at=logits_at if has_replies else None
-        )
+        curve = train(trained, learned, wanted.recipe, judged)
         yield Tuned(trained, curve)
 
 
