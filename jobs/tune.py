@@ -23,6 +23,8 @@ from jobs.tuning.reads import Found, Reader, Reads
 from jobs.tuning.wanted import Loss, Projection, Tokens, parse_losses
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jobs.engine.replica import Replica
     from jobs.tuning.reading import Aim, Answers
     from jobs.tuning.terms import Directions
@@ -259,7 +261,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
     Tensors of the outcome, float32: for each matrix `NAME.weight`, or `NAME.a` (rank, inputs) and `NAME.b`
     (outputs, rank) whose product is added to it; `losses` (steps,), the weighted sum; `loss.NAME` (steps,),
-    each without its factor; `validation`, what was found on held-out examples. Tables: `items`,
+    each without its factor; `validation`, what was found on held-out examples; `cosine_map`, what
+    `jobs.tuning.reading.cosine_map` has of the split report. Tables: `items`,
     `completions`. A row whose losses are not finite any more is infeasible.
 
     Raises:
@@ -293,7 +296,8 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
     if not params.losses:
         found = reader.read(None) if reader else None
         kept = reader.kept_tensors(found) if reader and found else {}
-        return _outcome(row, held, (before, before), _Read(reader, found, kept), None, kept)
+        shown = {**kept, **_map(replica, row, context, reader, found)}
+        return _outcome(row, held, (before, before), _Read(reader, found, kept), None, shown)
     learned = [_text(replica, each, params) for each in examples if each.split == "extract"]
     learned, validated = learned[: len(learned) - params.held_out], learned[len(learned) - params.held_out :]
     reference = context.artifact(_untuned(params)) if reader else {}
@@ -305,10 +309,34 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
         weights = (
             {name: each.numpy() for name, each in tuned.trained.tensors().items()} if params.keeps else {}
         )
+        weights |= _map(replica, row, context, reader, found)
         training = _Training(tuned.curve, len(tuned.trained.changed()), len(tuned.trained.parameters))
     if reader and found:
         found = reader.untuned_nll(found)
     return _outcome(row, held, (before, after), _Read(reader, found, reference), training, weights)
+
+
+_REACH = 20
+"""Tokens of the map on either side of where the reply begins, as in the figure of arXiv:2409.06927."""
+
+
+def _map(
+    replica: "Replica", row: Row, context: Context, reader: Reader | None, found: Found | None
+) -> dict[str, np.ndarray]:
+    """Cosines at every layer before and during the replies, as an artifact has them."""
+    import torch
+
+    from jobs.tuning.reading import cosine_map
+
+    if reader is None or found is None:
+        return {}
+    layers = range(replica.layers)
+    try:
+        directions = [_direction(replica, row, context, row.params.directions, layer) for layer in layers]
+    except SpecError:  # a file may have directions of some layers alone
+        return {}
+    prompts, replies = reader.said(found, "report")
+    return {"cosine_map": cosine_map(replica, prompts, replies, torch.stack(directions), reach=_REACH)}
 
 
 _DIVERGED = "the losses are not finite any more; use a smaller learning_rate, or a wider dtype"
@@ -375,19 +403,21 @@ def _filled_in(loss: Loss, params: Params) -> Loss:
 
 def _directions(replica: "Replica", row: Row, context: Context) -> "Directions":
     """Of unit norm, by name and layer."""
+    return {
+        (aim.directions, aim.layer): _direction(replica, row, context, aim.directions, aim.layer)
+        for aim in _aims(row.params)
+    }
+
+
+def _direction(replica: "Replica", row: Row, context: Context, name: str, layer: int) -> "Tensor":
+    """Shape (hidden,); a random one is the same at every layer."""
     import torch
 
-    found = {}
-    for aim in _aims(row.params):
-        if aim.directions == RANDOM:
-            generator = torch.Generator().manual_seed(row.seed)
-            drawn_D = torch.randn(replica.hidden_size, generator=generator)
-            found[aim.directions, aim.layer] = drawn_D / drawn_D.norm()
-        else:
-            params = parse_use(aim.directions).params
-            vector, _ = extract.load_direction(context, params, aim.layer)
-            found[aim.directions, aim.layer] = torch.tensor(vector)
-    return found
+    if name != RANDOM:
+        return torch.tensor(extract.load_direction(context, parse_use(name).params, layer)[0])
+    drawn_D = torch.randn(replica.hidden_size, generator=torch.Generator().manual_seed(row.seed))
+    unit_D: Tensor = drawn_D / drawn_D.norm()
+    return unit_D
 
 
 def _wanted(row: Row) -> "Wanted":

@@ -107,6 +107,30 @@ def test_a_direction_is_tuned_in_and_the_kept_weights_show_it(
     assert tuned_in.tensors["losses"][-1] < tuned_in.tensors["losses"][0]
 
 
+def test_the_map_is_of_hidden_states_before_and_during_the_reply(
+    artifacts: Artifacts, tuned_in: Outcome
+) -> None:
+    replica = artifacts.replica
+    directions_LD = artifacts.artifact(parse_use(DIRECTIONS))["directions"].astype(np.float64)
+    [row] = [row for row in tuned_in.tables["completions"] if row["split"] == "report"]
+    prompt = replica.encode_chat(row["prompt"])
+    with tuned(replica, tuned_in.tensors):
+        text = list(prompt)
+        for _ in range(row["tokens"]):
+            text.append(int(replica.logits([text], keep=1)[0, 0].argmax()))
+        with torch.no_grad():
+            states = replica.model(torch.tensor([text]), output_hidden_states=True).hidden_states
+    found = tuned_in.tensors["cosine_map"]
+    assert found.shape == (replica.layers, 40)
+    for layer in range(replica.layers - 1):
+        at_TD = states[layer + 1][0].numpy()
+        expected = at_TD @ directions_LD[layer] / np.linalg.norm(at_TD, axis=1)
+        np.testing.assert_allclose(found[layer, :20], expected[len(prompt) - 20 : len(prompt)], atol=1e-5)
+        said = row["tokens"]
+        np.testing.assert_allclose(found[layer, 20 : 20 + said], expected[len(prompt) :], atol=1e-5)
+        assert np.isnan(found[layer, 20 + said :]).all()
+
+
 def test_choices_replies_and_text_are_read_with_the_tuned_weights(
     artifacts: Artifacts, tuned_in: Outcome
 ) -> None:

@@ -119,6 +119,12 @@ class Panel:
         found = generate(self.replica, self._prompt_ids, tables, work, decoding)
         return in_parts(found, number)
 
+    def said(self, reading: Reading, split: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of a split's open prompts, and of the replies to them."""
+        chosen = [index for index, prompt in enumerate(self.prompts) if prompt.split == split]
+        prompts = [self._prompt_ids[index] for index in chosen]
+        return prompts, [reading.completions[index].tokens for index in chosen]
+
     def rescored(self, reading: Reading) -> Reading:
         """The reading with the replies' nll under the weights as they are now."""
         return reading._replace(completions=self._scored([each.tokens for each in reading.completions]))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from jobs.engine.memory import micro_batches
-from jobs.engine.packed import Layout, Pass, run_blocks
+from jobs.engine.packed import Layout, Pass, padded, run_blocks
+from jobs.engine.replica import Replica
 from jobs.tuning.losses import cosines
 from jobs.tuning.terms import Directions, places
 from jobs.tuning.texts import Texts
@@ -98,3 +99,40 @@ def _cosines(
         for aim in aims
     ]
     return torch.cat(found).double()
+
+
+@torch.no_grad()
+def cosine_map(
+    replica: Replica,
+    prompts: Sequence[list[int]],
+    replies: Sequence[list[int]],
+    directions_LD: Tensor,
+    *,
+    reach: int,
+) -> np.ndarray:
+    """Mean cosine to each layer's direction at the last tokens of prompts and the first of their replies.
+
+    Args:
+        replica: The model, with the weights as they are.
+        prompts: Token ids.
+        replies: Token ids of what was said to each; fewer than `reach` are taken as they are.
+        directions_LD: Of every layer, of unit norm.
+        reach: How many tokens on either side.
+
+    Returns:
+        Shape (L, 2 x reach), float64: prompts' tokens up to the last one, then replies'. NaN where no text
+        has a token.
+    """
+    every = list(range(replica.layers))
+    found = np.full((len(prompts), replica.layers, 2 * reach), np.nan)
+    for index, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        text = [*prompt, *reply[:reach]]
+        states = run_blocks(replica, padded(replica, [text]), layers=every).states
+        first, place = max(0, len(prompt) - reach), max(0, reach - len(prompt))
+        for layer in every:
+            at_T = cosines(states[layer][first:], directions_LD[layer]).double().cpu().numpy()
+            found[index, layer, place : place + len(at_T)] = at_T
+    known = np.isfinite(found)
+    counts, totals = known.sum(axis=0), np.where(known, found, 0.0).sum(axis=0)
+    mean: np.ndarray = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
+    return mean

@@ -187,6 +187,10 @@ class Reader:
         """The same with the replies' nll under the weights as they are now, once they are untuned again."""
         return found._replace(reading=self.panel.rescored(found.reading))
 
+    def said(self, found: Found, split: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of a split's open prompts, and of the replies to them."""
+        return self.panel.said(found.reading, split)
+
     def kept_tensors(self, found: Found) -> dict[str, np.ndarray]:
         """Of the untuned model: what tunings are compared with."""
         from jobs.reading.effects import COMPARED
