@@ -58,7 +58,7 @@ def letters(texts: Any, encoder: str) -> np.ndarray:
 
 
 def swept(folder: Path, job: str, parameters: Mapping[str, Any], tuned: str = "", **fixed: Any) -> Path:
-    metric = "loss" if job == "jobs.finetune" else "nll"
+    metric = "loss" if job in ("jobs.finetune", "jobs.tune") else "nll"
     space = make_space(
         parameters, job=job, fixed=fixed, objectives=(Objective(metric=metric, direction="minimize"),)
     )
@@ -152,6 +152,48 @@ def test_tuned_weights_are_written_both_ways(finetuned: Path, tmp_path: Path, fo
             else PeftModel.from_pretrained(replica.model, str(tmp_path / "out"))
         )
         torch.testing.assert_close(found(PROMPT).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tuned_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole matrices that are trained, and low-rank changes of them."""
+    fixed = {"losses": "tune_in", "directions": "random", "first": 1, "depth": 2, "reads": False}
+    few = {"examples_extract": 4, "examples_select": 4, "examples_report": 4, "learning_rate": 1e-2}
+    return swept(
+        tmp_path_factory.mktemp("tuned") / "sweep", "jobs.tune", {"rank": Grid([0, 2])}, **fixed, **few
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_tuning_adds_is_written_as_a_model_and_as_a_delta(
+    tuned_in: Path, tmp_path: Path, rank: int
+) -> None:
+    trial = trial_of(tuned_in, f"rank = {rank}")
+    export_trial(tuned_in, trial, Wanted("hf", tmp_path / "model"))
+    export_trial(tuned_in, trial, Wanted("delta", tmp_path / "delta.safetensors"))
+    delta = load_file(tmp_path / "delta.safetensors")
+    [row] = open_sweep(tuned_in).rows(f"SELECT path FROM artifacts WHERE trial = {trial}")
+    replica = tiny_replica("llama")
+    with tuned(replica, load_file(tuned_in / row["path"])), torch.no_grad():
+        expected = replica.model(PROMPT).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(PROMPT).logits, expected, rtol=1e-9, atol=1e-9)
+        assert len(delta) == 4
+        assert all(np.abs(each).max() > 0 for each in delta.values())
+        for name, each in delta.items():
+            replica.model.get_parameter(name).add_(torch.tensor(each))
+        torch.testing.assert_close(replica.model(PROMPT).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_matrices_are_no_adapter_and_vectors_no_delta(
+    tuned_in: Path, steered: Path, tmp_path: Path
+) -> None:
+    whole, out = trial_of(tuned_in, "rank = 0"), tmp_path / "delta.safetensors"
+    assert "take hf, or delta" in refused(tuned_in, whole, form="lora", out=tmp_path / "lora")
+    adds = trial_of(steered, "operation = 'add' AND tokens = 'all'")
+    assert "adds vectors: take hf, or gguf" in refused(steered, adds, form="delta", out=out)
+    assert "to a .safetensors file" in refused(tuned_in, whole, form="delta", out=tmp_path / "delta")
 
 
 def test_a_trial_on_tuned_weights_is_merged_with_them(finetuned: Path, tmp_path: Path) -> None:
