@@ -9,8 +9,8 @@ SPACE = Space(
     description=(
         "Tunes a direction of tone into layer 17 until the states of held-out claims have turned so far: "
         "until=0.25 is a cosine of 0.5. effect: how far the model leans to the positive of two words. "
-        "perplexity_rise and repetition: the damage. Effect and damage against cosine, with the untuned model "
-        "at its beginning, are the curve to look at."
+        "perplexity_rise and repetition: the damage. Effect and damage against cosine are the curve to "
+        "look at."
     ),
     job="jobs.tune",
     parameters={"until": Grid([0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05])},
