@@ -7,7 +7,7 @@ Without losses it is the untuned model, which every tuning requires and is compa
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from jobs.engine.replica import Replica
+    from jobs.tuning.outcomes import Training
     from jobs.tuning.reading import Aim, Answers
     from jobs.tuning.terms import Directions
     from jobs.tuning.texts import Text
-    from jobs.tuning.training import Curve
     from jobs.tuning.tuned_weights import Wanted
 
 RANDOM = "random"
@@ -262,8 +262,8 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
     Tensors of the outcome, float32: for each matrix `NAME.weight`, or `NAME.a` (rank, inputs) and `NAME.b`
     (outputs, rank) whose product is added to it; `losses` (steps,), the weighted sum; `loss.NAME` (steps,),
     each without its factor; `validation`, what was found on held-out examples; `cosine_map`, what
-    `jobs.tuning.reading.cosine_map` has of the split report. Tables: `items`,
-    `completions`. A row whose losses are not finite any more is infeasible.
+    `jobs.tuning.reading.cosine_map` has of the split report. Tables: `items`, `completions`. A row
+    whose losses are not finite any more is infeasible.
 
     Raises:
         SpecError: If a layer or matrix does not exist, a loss reads below what it trains, or a prompt is too
@@ -275,6 +275,7 @@ def run(replica: "Replica", rows: Sequence[Row], context: Context) -> Iterator[t
 
 
 def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
+    from jobs.tuning.outcomes import Training
     from jobs.tuning.reading import answers
     from jobs.tuning.texts import Texts, contents
     from jobs.tuning.tuned_weights import tuned_weights
@@ -310,10 +311,18 @@ def _run(replica: "Replica", row: Row, context: Context) -> Outcome:
             {name: each.numpy() for name, each in tuned.trained.tensors().items()} if params.keeps else {}
         )
         weights |= _map(replica, row, context, reader, found)
-        training = _Training(tuned.curve, len(tuned.trained.changed()), len(tuned.trained.parameters))
+        training = Training(tuned.curve, len(tuned.trained.changed()), len(tuned.trained.parameters))
     if reader and found:
         found = reader.untuned_nll(found)
     return _outcome(row, held, (before, after), _Read(reader, found, reference), training, weights)
+
+
+class _Read(NamedTuple):
+    """What was read beside the examples, if anything, and what it is compared with."""
+
+    reader: Reader | None
+    found: Found | None
+    before: Mapping[str, np.ndarray]
 
 
 _REACH = 20
@@ -440,108 +449,29 @@ def _wanted(row: Row) -> "Wanted":
     return Wanted(_losses(params), params.trained_layers, params.blocks, params.rank, recipe)
 
 
-class _Training(NamedTuple):
-    """How training went: its curve, and how many matrices differ of how many that were to."""
-
-    curve: "Curve"
-    changed: int
-    asked: int
-
-
-class _Read(NamedTuple):
-    """What was read beside the examples, if anything, and what it is compared with."""
-
-    reader: Reader | None
-    found: Found | None
-    before: Mapping[str, np.ndarray]
-
-
 def _outcome(
     row: Row,
     held: Sequence[Example],
     answers: "tuple[Answers, Answers]",
     read: _Read,
-    training: _Training | None,
+    training: "Training | None",
     tensors: Mapping[str, np.ndarray],
 ) -> Outcome:
     """Of the answers before and after."""
+    from jobs.tuning.outcomes import curves, example_metrics, item_rows, training_metrics
+
     if read.found and read.found.flaw is not None:
         return Outcome(status=Status.FAILED, reason=read.found.flaw)
-    of_training = _training_metrics(row.params, training)
+    of_training = training_metrics(training, row.params.window)
     metrics = {
-        split: {**dict.fromkeys(METRICS, math.nan), **_example_metrics(split, held, *answers), **of_training}
+        split: {**dict.fromkeys(METRICS, math.nan), **example_metrics(split, held, *answers), **of_training}
         for split in ("select", "report")
     }
-    items = _items(held, answers[1])
-    tables: dict[str, list[dict[str, Any]]] = {"items": items}
+    items = item_rows(held, answers[1])
+    tables = {"items": items}
     if read.reader and read.found:
         for split, values in read.reader.metrics(read.found, read.before, row.seed).items():
             metrics[split] |= values
         tables = read.reader.tables(read.found, after=len(items))
         tables["items"] = items + tables["items"]
-    return Outcome(metrics=metrics, tables=tables, tensors={**tensors, **_curves(row.params, training)})
-
-
-def _training_metrics(params: Params, training: _Training | None) -> dict[str, float]:
-    if training is None:
-        return {"steps": 0.0, "matrices": 0.0, "matrices_asked": 0.0}
-    curve = _curves(params, training)["losses"]
-    return {
-        "loss": float(curve[-params.window :].mean()),
-        "steps": float(len(curve)),
-        "matrices": float(training.changed),
-        "matrices_asked": float(training.asked),
-    }
-
-
-def _curves(params: Params, training: _Training | None) -> dict[str, np.ndarray]:
-    if training is None:
-        return {}
-    terms = {name: np.array(values, dtype=np.float32) for name, values in training.curve.losses.items()}
-    weights = [loss.weight for loss in _losses(params)]
-    total = sum(weight * curve for weight, curve in zip(weights, terms.values(), strict=True))
-    return {
-        "losses": np.asarray(total, dtype=np.float32),
-        "validation": np.array(training.curve.validation, dtype=np.float32),
-        **{f"loss.{name}": each for name, each in terms.items()},
-    }
-
-
-def _example_metrics(
-    split: str, held: Sequence[Example], before: "Answers", after: "Answers"
-) -> dict[str, float]:
-    from jobs.scoring.statistics import wilson_interval
-
-    def chosen(label: str | None = None) -> list[int]:
-        return [
-            index for index, each in enumerate(held) if each.split == split and label in (None, each.label)
-        ]
-
-    def share(answers: "Answers", label: str | None = None) -> float:
-        odds = answers.log_odds_N[chosen(label)]
-        return float((odds > 0).mean()) if len(odds) and np.isfinite(odds).all() else math.nan
-
-    mine = chosen()
-    interval = wilson_interval(int((after.log_odds_N[mine] > 0).sum()), len(mine))
-    known = math.isfinite(share(after))
-    return {
-        "cosine": float(after.cosines_N[mine].mean()),
-        "cosine_size": float(after.sizes_N[mine].mean()),
-        "cosine_before": float(before.cosines_N[mine].mean()),
-        "positive": share(after),
-        "positive_low": interval.low if known else math.nan,
-        "positive_high": interval.high if known else math.nan,
-        "positive_before": share(before),
-        "positive_true": share(after, "true"),
-        "positive_false": share(after, "false"),
-    }
-
-
-def _items(held: Sequence[Example], answers: "Answers") -> list[dict[str, Any]]:
-    return [
-        {"split": each.split, "item": index, "prompt": each.prompt, "label": each.label}
-        | {"name": name, "value": float(values[index])}
-        for name, values in (("cosine", answers.cosines_N), ("positive_log_odds", answers.log_odds_N))
-        for index, each in enumerate(held)
-        if math.isfinite(values[index])
-    ]
+    return Outcome(metrics=metrics, tables=tables, tensors={**tensors, **curves(training)})

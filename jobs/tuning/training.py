@@ -84,11 +84,13 @@ class Curve(NamedTuple):
 
     Attributes:
         losses: Name of a term -> its value at every step, without its factor.
+        total: Their weighted sum at every step.
         validation: Mean of the watched losses on the texts to validate on, each time that it was taken.
         ended: Why it ended: `all epochs`, `until`, `patience`, or `diverged`.
     """
 
     losses: dict[str, list[float]]
+    total: list[float]
     validation: list[float]
     ended: str
 
@@ -144,28 +146,29 @@ def train(trained: Trained, material: Material, recipe: Recipe, validated: Mater
         validated: What the recipe's end is judged by; None judges by what is trained on.
     """
     texts, terms = material.texts, material.terms
-    validation: list[float] = []
     steps = recipe.epochs * -(-len(texts.texts) // recipe.batch)
     optimiser = _Optimiser(trained, recipe, steps)
-    losses: dict[str, list[float]] = {term.name: [] for term in terms}
+    curve = Curve({term.name: [] for term in terms}, [], [], "all epochs")
     watch = _Watch(recipe, 1 if validated else recipe.window)
     is_watched = any(term.is_watched for term in terms)
     for step, chosen in enumerate(_batches(len(texts.texts), recipe), 1):
         values = material.values(chosen)
-        for term, value in zip(terms, values, strict=True):
-            losses[term.name].append(float(value.detach()))
-        if not all(math.isfinite(curve[-1]) for curve in losses.values()):
-            return Curve(losses, validation, "diverged")
+        found = [float(value.detach()) for value in values]
+        for term, value in zip(terms, found, strict=True):
+            curve.losses[term.name].append(value)
+        curve.total.append(sum(term.weight * value for term, value in zip(terms, found, strict=True)))
+        if not math.isfinite(curve.total[-1]):
+            return curve._replace(ended="diverged")
         backward(terms, values, trained.parameters)
         optimiser.step()
         if validated and is_watched and step % recipe.window == 0:
-            validation.append(validated.watched(recipe.batch))
-            seen = validation[-1:]
+            curve.validation.append(validated.watched(recipe.batch))
+            seen = curve.validation[-1:]
         else:
-            seen = [] if validated else [losses[term.name][-1] for term in terms if term.is_watched]
+            seen = [] if validated else [curve.losses[term.name][-1] for term in terms if term.is_watched]
         if ended := watch.after(seen):
-            return Curve(losses, validation, ended)
-    return Curve(losses, validation, "all epochs")
+            return curve._replace(ended=ended)
+    return curve
 
 
 def backward(
