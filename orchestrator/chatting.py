@@ -122,6 +122,8 @@ def _steering(
     if not {"layer", *_STRENGTHS} <= params.keys():
         raise SpecError(f"{name} steers nothing that can be talked to; take a trial of another sweep")
     found = {name: value for name, value in params.items() if name in names}
+    if vector is not None and not params.get("learned"):
+        raise SpecError(f"--vector {vector}: {name} steers with one vector a layer here; leave it out")
     if vector is not None:
         found["vector"] = vector
     if strength is not None:

@@ -197,7 +197,11 @@ def retry(
     if state != "failed":
         raise SpecError(f"--state {state!r}; only trials that failed can be tried again: give failed")
     file, config = load_kept(folder, **({} if workers is None else {"workers": workers}))
-    withdraw_failed(folder, file.space, config, trials)
+    if not withdraw_failed(folder, file.space, config, trials):
+        say(
+            "no trial has failed, so there is nothing to try again; `steersweep resume` goes on with the rest"
+        )
+        return
     _drive(file, config, folder, (), address, as_json)
 
 

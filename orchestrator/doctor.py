@@ -77,7 +77,7 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
 
     Raises:
         SpecError: If the folder holds no sweep, or somebody drives it.
-        StoreError: If tables or ledger are not what was written, which nothing here can mend.
+        StoreError: If the ledger is not what was written, which nothing here can mend.
     """
     file, config = load_kept(folder)
     if (owner := driver(folder)) is not None:
@@ -85,9 +85,12 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         if repair:
             stack.enter_context(driving(folder))
-        findings: list[Finding] = []
         kept = _Kept(folder, file.space, config, Store(folder), read_asked(folder))
-        for look in (_torn_logs, _tables, _trials, _study, _artifacts, _leftovers, _mlflow):
+        looks: tuple[Callable[[_Kept], list[_Examination]], ...] = (_torn_logs, _tables)
+        if not _tables(kept):  # the others read them
+            looks = (*looks, _trials, _study, _artifacts, _leftovers, _mlflow)
+        findings: list[Finding] = []
+        for look in looks:
             for found in look(kept):
                 if repair and found.mend is not None:
                     found.mend()
@@ -187,7 +190,11 @@ def _set_aside(folder: Path, paths: Iterable[Path]) -> None:
 
 def _tables(kept: _Kept) -> list[_Examination]:
     wrong = [file.path for file in kept.store.files() if not is_as_written(kept.folder, file)]
-    return _found("tables", "files are not what was written", wrong, None)
+    what = (
+        "files are gone or not what was written; bring them back from a copy, such as `steersweep fetch` "
+        "has, or run the sweep into another folder"
+    )
+    return _found("tables", what, wrong, None)
 
 
 def _lines(wrong: Mapping[Any, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Commands over what a sweep has kept: look at it, ask it, take directions out."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,16 @@ def status(folder: Folder, as_json: Json = False) -> None:
     trials = sweep.identity.get("trials")
     ends = sweep.rows("SELECT detail FROM events WHERE kind = 'driver ended' ORDER BY time DESC LIMIT 1")
     driven_by = driver(folder)
+    [times] = sweep.rows("SELECT min(started) AS began, max(finished) AS last FROM attempts")
+    model = sweep.identity["model"]
     summary = {
         "sweep": sweep.identity["sweep"],
+        "job": sweep.identity["job"],
+        "model": "@".join(filter(None, (model["id"], model.get("revision")))),
+        "seed": sweep.identity.get("seed"),
+        "objectives": ", ".join(f"{o['direction']} {o['metric']}" for o in sweep.identity["objectives"]),
+        "began": _moment(times["began"]),
+        "last result": _moment(times["last"]),
         "trials": trials,
         "unproposed": None if trials is None else max(0, trials - sum(counts.values())),
         **counts,
@@ -44,9 +53,13 @@ def status(folder: Folder, as_json: Json = False) -> None:
         print_json({**summary, "failures": failures})
         return
     for name, value in summary.items():
-        say(f"{name:>10}  {'none' if value is None else value}")
+        say(f"{name:>11}  {'none' if value is None else value}")
     for failure in failures:
         say(f"trial {failure['trial']}: {failure['reason']}")
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def show(

@@ -212,10 +212,15 @@ def _latest(known: Mapping[tuple[str, str, int], _Scores], *, but: str) -> dict[
 
 
 def _items(folder: Path) -> dict[str, _Scores]:
-    """What the job itself has scored of each completion, by the score's name."""
+    """What the job itself has scored of each completion in a few classes, by the score's name.
+
+    A job may number its choices and its open prompts both from 0, so the prompts have to fit.
+    """
     rows = open_sweep(folder).rows(
-        "SELECT DISTINCT spec, split, item, name, value FROM items SEMI JOIN completions "
-        "USING (spec, split, item) WHERE value IS NOT NULL"
+        "SELECT DISTINCT items.spec, items.split, items.item, items.name, items.value FROM items "
+        "JOIN completions said USING (spec, split, item) "
+        "WHERE items.value IS NOT NULL AND contains(said.prompt, items.prompt) AND items.name IN ("
+        f"SELECT name FROM items GROUP BY name HAVING count(DISTINCT value) <= {_MOST_CLASSES})"
     )
     found: dict[str, _Scores] = {}
     for row in rows:

@@ -1,6 +1,7 @@
 """What commands write to standard output: tables, CSV, JSON, lines."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -227,8 +228,19 @@ FORMATS: dict[str, Callable[[list[str], list[dict[str, Any]]], None]] = {
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON; what JSON does not know becomes text."""
-    say(json.dumps(value, ensure_ascii=False, default=str))
+    """One line of JSON; what JSON does not know becomes text, and numbers that are not finite null."""
+    say(json.dumps(_finite(value), ensure_ascii=False, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+    return value
 
 
 def say(line: str) -> None:

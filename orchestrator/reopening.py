@@ -37,7 +37,7 @@ def journal_path(folder: Path) -> Path:
     return folder / "optuna.journal"
 
 
-def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Sequence[int] | None) -> None:
+def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Sequence[int] | None) -> int:
     """Let failed results of a sweep not count any more: `run_sweep` computes them again.
 
     Args:
@@ -45,6 +45,9 @@ def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Seque
         space: What is tried.
         config: How it is run.
         trials: Which ones; None = all. What other specs such as prerequisites have failed goes with them.
+
+    Returns:
+        How many results that is, those of prerequisites included.
 
     Raises:
         SpecError: If one of the trials has not failed, or somebody drives the sweep.
@@ -68,6 +71,7 @@ def withdraw_failed(folder: Path, space: Space, config: RunConfig, trials: Seque
             store.withdraw(again)
             store.commit([], events=[event_row("tried again", f"{len(again)} results that failed")])
             (folder / "report" / "index.html").unlink(missing_ok=True)
+    return len(again)
 
 
 def load_kept(folder: Path, **changes: Any) -> tuple[SpaceFile, RunConfig]:

@@ -39,12 +39,31 @@ def score(
     if as_json:
         print_json(found)
         return
-    columns = ["trial", "split", "scorer", "mean", "items", "unparsed"]
-    labels = {used["name"]: used["label"] for used in found["scorers"]}
-    print_table(columns, [{**row, "scorer": labels[row["scorer"]]} for row in found["trials"]])
+    _print_scores(folder, found)
     for used in found["scorers"]:
         say(f"{used['label']}: {used['scorer']} version {used['version']} {used['options']}")
     say(_score_line(found))
+
+
+_MOST_SCORED = 20
+
+
+def _print_scores(folder: Path, found: Mapping[str, Any]) -> None:
+    """The trials that score highest, with what they were proposed with."""
+    from storage.query import open_sweep
+
+    sweep = open_sweep(folder)
+    names = list(sweep.identity["parameters"])
+    params = {row["trial"]: {name: row[name] for name in names} for row in sweep.trials().to_pylist()}
+    labels = {used["name"]: used["label"] for used in found["scorers"]}
+    order = sorted(found["trials"], key=lambda row: (row["scorer"], row["split"], -(row["mean"] or 0.0)))
+    rows = [{**row, "scorer": labels[row["scorer"]], **params.get(row["trial"], {})} for row in order]
+    columns = ["trial", *names, "split", "scorer", "mean", "items", "unparsed"]
+    for scorer, split in dict.fromkeys((row["scorer"], row["split"]) for row in rows):
+        mine = [row for row in rows if (row["scorer"], row["split"]) == (scorer, split)]
+        print_table(columns, mine[:_MOST_SCORED])
+        if len(mine) > _MOST_SCORED:
+            say(f"and {len(mine) - _MOST_SCORED} more; `steersweep query` has all in the table scores")
 
 
 def _score_line(found: Mapping[str, Any]) -> str:

@@ -55,6 +55,9 @@ def gc(
     what = (
         f"{found['artifacts']} artifacts and {found['activations']} activations of {found['results']} results"
     )
+    if not found["artifacts"] and not found["activations"]:
+        say(f"nothing to remove: keeping {kept}, every artifact is needed; {_mib(found['bytes'])} are free")
+        return
     if dry_run:
         say(f"{what} would go: {_mib(found['bytes'])} and the activations' own")
         return

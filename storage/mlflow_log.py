@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -220,6 +222,8 @@ class Mirror:
         database = _database(self._uri)
         if database is not None and not database.exists():
             self._create(database)
+        if self._uri == tracking_uri(self._folder):
+            _move_in(mlflow_place(self._folder) / "mlflow.db", self._artifact_location() or "")
         return MlflowClient(tracking_uri=self._uri)
 
     def _create(self, database: Path) -> None:
@@ -242,6 +246,24 @@ class Mirror:
         database = _database(self._uri)
         folder = database.parent if database else self._folder
         return (folder.resolve() / "mlartifacts").as_uri()
+
+
+def _move_in(database: Path, artifacts: str) -> None:
+    """Have a sweep's own store keep its files beside it, where its folder was copied or moved.
+
+    MLflow writes down where files lie, and a copy would go on writing to the original.
+    """
+    end = "/mlartifacts"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for table, key, column in (
+            ("experiments", "experiment_id", "artifact_location"),
+            ("runs", "run_uuid", "artifact_uri"),
+        ):
+            for name, place in connection.execute(f"SELECT {key}, {column} FROM {table}").fetchall():
+                before, found, rest = place.rpartition(end)
+                if found and before + end != artifacts:
+                    change = f"UPDATE {table} SET {column} = ? WHERE {key} = ?"
+                    connection.execute(change, (artifacts + rest, name))
 
 
 def _states(sweep: StoredSweep) -> dict[int, str]:

@@ -282,6 +282,8 @@ def _repacked(table: str, older: pa.Table) -> pa.Table:
 
 
 def is_as_written(folder: Path, file: TableFile) -> bool:
-    """Whether a listed file has the content that it had; it may be large."""
+    """Whether a listed file is there with the content that it had; it may be large."""
+    if not (folder / file.path).is_file():
+        return False
     with (folder / file.path).open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256

@@ -97,7 +97,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "items": (
         _SPEC,
         _SPLIT,
-        Column("item", "integer", "", "number of the prompt"),
+        Column("item", "integer", "", "number of the prompt among those of this table; others number others"),
         Column("prompt", "text", "", "what was scored"),
         Column("name", "text", "", "score"),
         Column("value", "real", "as the job's METRICS say", "null where it is not defined"),

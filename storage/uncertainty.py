@@ -37,7 +37,8 @@ def doubted_front(sweep: StoredSweep, *, draws: int = DRAWS, seed: int = 0) -> d
     Returns:
         pareto: the points of the front, as `storage.pareto.described` has them, each with `probability`, the
         share of the draws in which no other trial dominates it, `intervals`, the ends of each objective's
-        interval of 95 % (None where nothing says how sure it is), and `is_knee`; near: those of other trials
+        interval of 95 %: those that its job has measured, or else of the draws (None where nothing says how
+        sure it is), and `is_knee`; near: those of other trials
         that are on the front in at least a tenth of the draws, likeliest first; optimism: for each objective,
         how much better than it is the best trial looks because it was chosen, in the metric's unit: by the
         best of each draw; None where nothing says how sure the objective is.
@@ -52,13 +53,15 @@ def doubted_front(sweep: StoredSweep, *, draws: int = DRAWS, seed: int = 0) -> d
     near = sorted((set(shares) - set(on_front.tolist())), key=lambda place: -shares[place])
     near = [place for place in near if shares[place] >= _LEAST_PROBABILITY]
     best = knee(points.values_TO[on_front], points.directions)
+    stored = _stored_intervals(sweep, points, places)
 
     def rows(chosen: Sequence[int]) -> list[dict[str, Any]]:
         return [
             {
                 **row,
                 "probability": shares[place],
-                "intervals": _intervals(points.names, drawn_RTO[:, column[place]]),
+                "intervals": _intervals(points.names, drawn_RTO[:, column[place]])
+                | stored.get(row["trial"], {}),
                 "is_knee": best is not None and place == on_front[best],
             }
             for place, row in zip(chosen, described(sweep, points, np.array(chosen, dtype=int)), strict=True)
@@ -95,6 +98,27 @@ def _optimism(points: Points, places: np.ndarray, drawn_RTO: np.ndarray) -> dict
 def _intervals(names: Sequence[str], drawn_RO: np.ndarray) -> dict[str, tuple[float, float] | None]:
     ends = zip(*np.quantile(drawn_RO, _LEVEL, axis=0).tolist(), strict=True)
     return {name: (low, high) if high > low else None for name, (low, high) in zip(names, ends, strict=True)}
+
+
+def _stored_intervals(
+    sweep: StoredSweep, points: Points, places: np.ndarray
+) -> dict[int, dict[str, tuple[float, float]]]:
+    """Trial -> objective -> the ends of an interval that its job has measured: those are the ones to show."""
+    found: dict[int, dict[str, tuple[float, float]]] = {}
+    split = points.splits_T[int(places[0])].as_py() if len(places) else "select"
+    for name in points.names:
+        for row in _ends(sweep, name, split, points.trials_T[places].tolist()):
+            found.setdefault(row["trial"], {})[name] = (row["low"], row["high"])
+    return found
+
+
+def _ends(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) -> list[dict[str, Any]]:
+    """Trials whose metric has both ends of an interval: `trial`, `low`, `high`."""
+    return sweep.rows(
+        f"SELECT trial, min(value) AS low, max(value) AS high FROM metrics "
+        f"WHERE name IN ({quoted(name + '_low')}, {quoted(name + '_high')}) AND split = '{split}' "
+        f"AND trial IN ({listed(trials)}) GROUP BY trial HAVING count(value) = 2"
+    )
 
 
 def _draws(
@@ -155,10 +179,5 @@ def _items(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) -> 
 
 def _errors(sweep: StoredSweep, name: str, split: str, trials: Sequence[int]) -> np.ndarray:
     """Standard errors by the stored intervals, shape (T,), 0 where there is none."""
-    rows: list[dict[str, Any]] = sweep.rows(
-        f"SELECT trial, max(value) - min(value) AS width FROM metrics "
-        f"WHERE name IN ({quoted(name + '_low')}, {quoted(name + '_high')}) AND split = '{split}' "
-        f"AND trial IN ({listed(trials)}) GROUP BY trial HAVING count(value) = 2"
-    )
-    widths = {row["trial"]: row["width"] for row in rows}
+    widths = {row["trial"]: row["high"] - row["low"] for row in _ends(sweep, name, split, trials)}
     return np.array([widths.get(trial, 0.0) for trial in trials]) / _WIDTH

@@ -40,8 +40,8 @@ def _anti_steered(others: Sequence[str], dose: str) -> str:
             SELECT {groups}split, name, item, any_value(prompt) AS prompt,
                 regr_slope(value, {identifier(dose)}) AS slope, count(value) AS trials
             FROM items JOIN (
-                SELECT trial, {groups}{identifier(dose)} FROM trials
-                WHERE state = 'completed' AND reused_from IS NULL
+                SELECT min(trial) AS trial, {groups}{identifier(dose)} FROM trials
+                WHERE state = 'completed' GROUP BY spec, {groups}{identifier(dose)}
             ) USING (trial)
             WHERE value IS NOT NULL GROUP BY {groups}split, name, item
         ), means AS (
@@ -113,13 +113,16 @@ def _best_per_layer(layer: str, metric: str, direction: str) -> str:
 
 
 def _dose_response(across: Sequence[str]) -> str:
-    """Mean of every metric over the completed trials of each layer and dose, with the lowest and highest."""
-    listed = ", ".join(map(identifier, across))
+    """Mean of every metric over the results of each layer and dose, with the lowest and highest.
+
+    A result that trials of several layers share, such as the unsteered one, stands at each of them.
+    """
+    groups = ", ".join(map(identifier, across))
     return (
-        f"SELECT {listed}, split, name, avg(value) AS mean, min(value) AS least, max(value) AS most, "
-        f"count(value) AS trials FROM metrics JOIN (SELECT trial, {listed} FROM trials "
-        f"WHERE state = 'completed' AND reused_from IS NULL) USING (trial) "
-        f"GROUP BY ALL ORDER BY name, split DESC, {listed}"
+        f"SELECT {groups}, split, name, avg(value) AS mean, min(value) AS least, max(value) AS most, "
+        f"count(value) AS trials FROM metrics JOIN (SELECT min(trial) AS trial, {groups} FROM trials "
+        f"WHERE state = 'completed' GROUP BY spec, {groups}) USING (trial) "
+        f"GROUP BY ALL ORDER BY name, split DESC, {groups}"
     )
 
 

@@ -131,6 +131,14 @@ def greedy(replica: Any, ids: list[int], added: Add) -> str:
     return str(replica.decode(new))
 
 
+def test_a_steered_trial_has_no_vectors_to_choose_from(finished: dict[str, Any], place: Path) -> None:
+    with (
+        pytest.raises(SpecError, match=r"--vector 2: jobs\.steer steers with one vector a layer"),
+        chat(place / "finished", 0, vector=2),
+    ):
+        pass
+
+
 def test_a_steered_trial_is_talked_to_with_its_direction(finished: dict[str, Any], place: Path) -> None:
     folder = place / "finished"
     trials = {(row["layer"], row["dose"]): row["trial"] for row in open_sweep(folder).trials().to_pylist()}

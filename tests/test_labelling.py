@@ -37,7 +37,9 @@ def folder(tmp_path: Path) -> Path:
         for number, row in enumerate(rows)
     ]
     measured = [{**row, "name": "length", "value": len(row["prompt"]) + row["item"] / 7} for row in items]
-    Store(place).commit([], completions=rows, items=[*items, *measured])
+    # Prompts of another kind, which the job numbers from 0 too.
+    others = [{**row, "name": "choice", "prompt": "Good / bad", "value": 1.0} for row in items]
+    Store(place).commit([], completions=rows, items=[*items, *measured, *others])
     return place
 
 
@@ -137,7 +139,9 @@ class TestImport:
         import_labels(folder, self.labelled(folder, tmp_path, theirs), annotator="b")
         found = import_labels(folder, self.labelled(folder, tmp_path, mine), annotator="a")
         agreement = {each["with_"]: each for each in found["agreement"]}
-        assert set(agreement) == {'label{"annotator": "b"}', "odd"}, "length has too many values"
+        assert set(agreement) == {'label{"annotator": "b"}', "odd"}, (
+            "length has too many values, and choice is of other prompts"
+        )
         firsts = {text: TEXTS.index(text) for text in mine}
         for name, others in (
             ('label{"annotator": "b"}', theirs),

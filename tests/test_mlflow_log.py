@@ -332,6 +332,34 @@ def test_a_new_store_keeps_everything_in_its_folder(tmp_path: Path, monkeypatch:
     assert not list(elsewhere.iterdir())
 
 
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_a_sweep_that_is_copied_or_moved_keeps_its_files_beside_it(
+    folder: Path, tmp_path: Path, is_copied: bool
+) -> None:
+    commit(folder, 0, effect=1.0)
+    (folder / "mlflow.db").unlink()
+    first = Mirror(folder)
+    first.sync()
+    first.finish([folder / "sweep.json"])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("mlartifacts/**/*")}
+    other = tmp_path / "other"
+    shutil.copytree(folder, other) if is_copied else folder.rename(other)
+    (other / "later.txt").write_text("later")
+    # MLflow remembers in a process where the files of a run lie.
+    code = (
+        "import pathlib, sys; from storage.mlflow_log import Mirror; folder = pathlib.Path(sys.argv[1]); "
+        "mirror = Mirror(folder); assert mirror.sync() == 0; mirror.finish([folder / 'later.txt'])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(other)], check=True, cwd=Path(__file__).parents[1])
+    assert list((other / "mlartifacts").rglob("later.txt"))
+    if is_copied:
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("mlartifacts/**/*")} == before
+    else:
+        assert not folder.exists()
+    [run] = runs_of(other)[1].values()
+    assert run.info.artifact_uri.startswith((other / "mlartifacts").as_uri())
+
+
 def test_another_sqlite_store_can_be_named(folder: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()

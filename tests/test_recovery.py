@@ -234,6 +234,14 @@ class TestDoctor:
         assert not found["consistent"]
         assert (found["findings"][0]["where"], found["findings"][0]["count"]) == ("tables", 1)
 
+    def test_a_table_that_is_gone_is_found_and_said_with_what_to_do(self, folder: Path) -> None:
+        next(folder.glob("tables/metrics/*.parquet")).unlink()
+        found = examine(folder, repair=True)
+        assert not found["consistent"]
+        [one] = found["findings"]
+        assert (one["where"], one["count"], one["is_mended"]) == ("tables", 1, False)
+        assert "run the sweep into another folder" in one["what"]
+
     def test_two_results_of_one_trial_cannot_be_mended(self, folder: Path) -> None:
         [row] = [row for row in Store(folder).rows("trials") if row["trial"] == 2]
         Store(folder).commit(

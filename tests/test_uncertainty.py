@@ -122,7 +122,7 @@ def test_a_metric_with_an_interval_is_drawn_from_its_width(tmp_path: Path) -> No
     found = likely(sweep, draws=20_000)
     # P(N(0, 1) > N(1, 1)) = P(N(0, 1) > 1 / sqrt(2))
     assert found[0]["probability"] == pytest.approx(0.2398, abs=0.01)
-    assert found[1]["intervals"]["gain"] == pytest.approx((-0.96, 2.96), abs=0.06)
+    assert found[1]["intervals"]["gain"] == (-0.96, 2.96), "what the job has measured is shown as it is"
 
 
 def test_nothing_that_has_completed_is_no_front(tmp_path: Path) -> None:

@@ -91,6 +91,24 @@ def test_items_that_go_against_the_rest_are_those_of_a_plain_regression(sweep: S
     assert all(row["items"] == 6 and row["prompt"] == f"p{row['item']}" for row in found)
 
 
+def test_a_result_that_layers_share_stands_at_each_of_them(tmp_path: Path) -> None:
+    trials = [
+        StoredTrial({"layer": layer, "dose": dose}, {"select": {"effect": layer * dose}}, spec=spec)
+        for layer in (1, 2)
+        for dose, spec in ((0.0, "unsteered"), (0.5, f"half{layer}"), (0.5, f"half{layer}"))
+    ]
+    parameters = {"layer": "BIGINT", "dose": "DOUBLE"}
+    sweep = write_sweep(tmp_path, trials, objectives={"effect": "maximize"}, parameters=parameters)
+    found = sweep.rows("SELECT layer, dose, mean, trials FROM dose_response")
+    assert [tuple(row.values()) for row in found] == [
+        (1, 0.0, 0.0, 1),
+        (1, 0.5, 0.5, 1),
+        (2, 0.0, 0.0, 1),
+        (2, 0.5, 1.0, 1),
+    ]
+    assert [row["trial"] for row in sweep.rows("SELECT trial FROM points ORDER BY trial")] == [0, 1, 4]
+
+
 def test_each_vector_is_summed_up(sweep: StoredSweep) -> None:
     rows = sweep.rows("SELECT * FROM completions WHERE variant IS NOT NULL")
     found = sweep.rows("SELECT * FROM per_vector")
