@@ -49,9 +49,9 @@ def test_every_trial_has_every_metric_on_both_splits(finished: dict[str, Any], p
     )
     assert len(counted) == 18
     whole = len(steer.METRICS)
-    assert {row["n"] for row in counted if row["split"] == "select"} == {whole}
-    # How sure damage on the single prompt of the split report is nobody knows, but where there is no dose.
-    assert {row["n"] for row in counted if row["split"] == "report"} == {whole, whole - 2}
+    # How sure damage on one or two prompts is nobody knows, but where there is no dose.
+    for split in ("select", "report"):
+        assert {row["n"] for row in counted if row["split"] == split} == {whole, whole - 2}
 
 
 def test_a_dose_of_zero_is_computed_once(finished: dict[str, Any], place: Path) -> None:

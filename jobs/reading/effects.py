@@ -12,6 +12,8 @@ from jobs.scoring.statistics import paired_bootstrap
 COMPARED = ("log_odds", "nll", "repetition", "empty")
 """Scores of `jobs.reading.readout.split_scores` that are kept of the unsteered model to compare with."""
 _DRAWS = 2000
+_FEWEST = 5
+"""Prompts that a bootstrap takes: of fewer it says that two of them were alike, and nothing of others."""
 
 
 def effect(after: np.ndarray, before: np.ndarray, seed: int) -> dict[str, float]:
@@ -29,6 +31,8 @@ def effect(after: np.ndarray, before: np.ndarray, seed: int) -> dict[str, float]
 
 def damage(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:
     """Rises over unsteered, each at least 0, added, with a 95 % interval of a bootstrap over prompts, paired.
+
+    The interval of fewer than five prompts is NaN.
 
     Args:
         after: Score -> its values, one a reply.
@@ -48,7 +52,7 @@ def damage(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], se
 
     drawn = risen(times_BR)
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) if prompts > 1 and len(drawn) else (np.nan, np.nan)
+    low, high = np.quantile(drawn, [0.025, 0.975]) if prompts >= _FEWEST and len(drawn) else (np.nan, np.nan)
     return {"damage": float(risen(once_1R)[0]), "damage_low": float(low), "damage_high": float(high)}
 
 
