@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from benchmarks.machine import describe, gemm_ceiling
+from benchmarks.tuning_space import SPACE
 from benchmarks.workload import block_flops, head_flops
 from jobs.data.claims import load_questions
 from jobs.engine.loading import load_replica
@@ -46,7 +47,7 @@ LAYERS = tuple(range(12, 18))
 MATRICES = "v+o"
 TOKEN_WEIGHT = 0.01
 SUMS = {"cosine": "tune_in", "dual": f"tune_in + {TOKEN_WEIGHT} * tokens"}
-SEARCHED_CLAIMS, SAMPLED_SETS = 64, 6
+SEARCHED_CLAIMS, SAMPLED_SETS = int(SPACE.fixed["examples_extract"]), 6
 """Claims of the block search, an epoch a set; sets that the loop is timed on, whose time is scaled."""
 
 
@@ -239,17 +240,9 @@ def _limit(replica: Replica, texts: Sequence[Text], found: dict[str, Any]) -> di
 
 def bench_search(place: Path) -> dict[str, Any]:
     """All sets as one sweep, and some as a loop that loads the model for each."""
-    settings = {
-        "space.examples_extract": SEARCHED_CLAIMS,
-        "space.examples_select": 4,
-        "space.examples_report": 4,
-        "space.reads": "false",
-        "workers": 1,
-        "cpus_per_worker": 2,
-    }
-    space = Path(__file__).parents[1] / "search_spaces" / "tune_blocks.py"
+    space = Path(__file__).with_name("tuning_space.py")
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(space), "--out", str(place), "--json"]
-    command += [f"--set={name}={value}" for name, value in settings.items()]
+    command += ["--set=workers=1", "--set=cpus_per_worker=2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     sweep = open_sweep(place)
     [times] = sweep.rows("SELECT max(finished) - min(started) AS seconds, count(*) AS attempts FROM attempts")
