@@ -33,7 +33,7 @@ class Finding:
     """Something that is not as it should be.
 
     Attributes:
-        where: logs, trials, study, artifacts, mlflow or leftovers.
+        where: logs, tables, trials, study, artifacts, mlflow or leftovers.
         what: In words.
         count: How often.
         examples: The first few.
@@ -85,19 +85,24 @@ def examine(folder: Path, *, repair: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         if repair:
             stack.enter_context(driving(folder))
-        kept = _Kept(folder, file.space, config, Store(folder), read_asked(folder))
+        try:
+            store = Store(folder)
+        except StoreError as error:
+            findings = _found("tables", _DAMAGED, [error], None)
+            return {"consistent": False, "findings": [asdict(each.finding) for each in findings]}
+        kept = _Kept(folder, file.space, config, store, read_asked(folder))
         looks: tuple[Callable[[_Kept], list[_Examination]], ...] = (_torn_logs, _tables)
         if not _tables(kept):  # the others read them
             looks = (*looks, _trials, _study, _artifacts, _leftovers, _mlflow)
-        findings: list[Finding] = []
+        seen: list[Finding] = []
         for look in looks:
             for found in look(kept):
                 if repair and found.mend is not None:
                     found.mend()
                     found.finding.is_mended = True
-                findings.append(found.finding)
-    left = [each for each in findings if not each.is_mended and each.where != "leftovers"]
-    return {"consistent": not left, "findings": [asdict(each) for each in findings]}
+                seen.append(found.finding)
+    left = [each for each in seen if not each.is_mended and each.where != "leftovers"]
+    return {"consistent": not left, "findings": [asdict(each) for each in seen]}
 
 
 def _found(
@@ -188,13 +193,15 @@ def _set_aside(folder: Path, paths: Iterable[Path]) -> None:
         path.replace(place)
 
 
+_DAMAGED = (
+    "files are gone or not what was written; bring them back from a copy, such as `steersweep fetch` has, or "
+    "run the sweep into another folder"
+)
+
+
 def _tables(kept: _Kept) -> list[_Examination]:
     wrong = [file.path for file in kept.store.files() if not is_as_written(kept.folder, file)]
-    what = (
-        "files are gone or not what was written; bring them back from a copy, such as `steersweep fetch` "
-        "has, or run the sweep into another folder"
-    )
-    return _found("tables", what, wrong, None)
+    return _found("tables", _DAMAGED, wrong, None)
 
 
 def _lines(wrong: Mapping[Any, str]) -> list[str]:

@@ -368,8 +368,17 @@ def test_a_table_of_several_variants_names_each_by_the_options_in_which_it_diffe
     for variant in variants:
         arguments += ["--scorer", variant]
     shown = CliRunner().invoke(app, arguments).stdout
-    cells = {line.split("│")[3].strip() for line in shown.splitlines() if line.startswith("│")}
+    rows = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.startswith("│")]
+    cells = {cell for row in rows for cell in row if cell.startswith(("choice", "contains"))}
     assert cells == {"choice", 'contains{"sought": "e"}', 'contains{"sought": "q"}'}
+    names = list(open_sweep(swept).identity["parameters"])
+    params = {
+        str(row["trial"]): [row[name] for name in names] for row in open_sweep(swept).trials().to_pylist()
+    }
+    for row in rows:
+        assert row[2 : 2 + len(names)] == [
+            f"{value:g}" if isinstance(value, float) else str(value) for value in params[row[1]]
+        ]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [used["name"] for used in found["scorers"]] == ["choice", "contains", "contains_2"]
 
